@@ -1,0 +1,121 @@
+"""What a pass is, what it may ask for, and what it reports.
+
+A pass rewrites one graph and touches nothing else: no file, no session, no data. What it must
+know about the values that flow through the model it states as `Want`s; the pipeline observes the
+model and binds the answer with `dataclasses.replace(pass_, statistics=...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcompress.errors import InputError
+
+Array = npt.NDArray[Any]
+Figure = float | int | str
+
+
+class Kind(StrEnum):
+    """What an observer keeps of a value. Each is a sum or an extremum, so shards merge exactly."""
+
+    HISTOGRAM = "histogram"
+    """Range-free histogram with exact minimum and maximum; thresholds come from it."""
+    CHANNEL_RANGE = "channel_range"
+    """Minimum and maximum of each channel along `Want.axis`."""
+    MEAN = "mean"
+    """Sum and count of each channel along `Want.axis`, in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """One observation that a pass needs: which value, and what to keep of it."""
+
+    value: str
+    kind: Kind = Kind.HISTOGRAM
+    axis: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A site that a pass declined: the node (or tensor), its operator, and why."""
+
+    node: str
+    op: str
+    reason: str
+
+
+class Histogram(Protocol):
+    """What a pass sees of a range-free histogram (`numerics.histogram` has the implementation)."""
+
+    @property
+    def minimum(self) -> float: ...
+    @property
+    def maximum(self) -> float: ...
+    def points(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]: ...
+
+
+class Statistics(Protocol):
+    """Everything observed, by value name. Immutable; `observe.Observations` implements it."""
+
+    def histogram(self, value: str) -> Histogram: ...
+    def channel_range(self, value: str, axis: int) -> tuple[Array, Array]: ...
+    def mean(self, value: str, axis: int) -> Array: ...
+    def missing(self, wants: Iterable[Want]) -> list[Want]: ...
+
+
+@dataclass
+class Result(ir.passes.PassResult):
+    """A `PassResult` that also says what was declined and what was done, for the report."""
+
+    skips: tuple[Skip, ...] = ()
+    figures: Mapping[str, Figure] = field(default_factory=dict[str, Figure])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ir.passes.InPlacePass):
+    """A graph rewrite whose dataclass fields are its options (and its keys in a recipe).
+
+    Subclasses set `name` (the recipe's key, the file's name), `exact` (the float function is
+    unchanged to float tolerance) and implement `call`. The first line of the docstring is the
+    pass's help.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = False
+
+    def call(self, model: ir.Model) -> Result:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedPass(Pass):
+    """A pass that needs statistics of values as they flow through the model it is given."""
+
+    statistics: Statistics | None = field(default=None, repr=False, compare=False)
+
+    def wants(self, model: ir.Model) -> Sequence[Want]:
+        """What must be observed on `model` as it stands at this step."""
+        raise NotImplementedError
+
+    def observed(self, model: ir.Model) -> Statistics:
+        """The bound statistics.
+
+        Raises:
+            InputError: if nothing was bound or a wanted value is missing from it.
+        """
+        wants = self.wants(model)
+        missing = wants if self.statistics is None else self.statistics.missing(wants)
+        if self.statistics is None or missing:
+            names = ", ".join(repr(w.value) for w in missing[:5])
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise InputError(
+                f"{self.name} needs statistics of {names}{more}: calibrate this model with data"
+            )
+        return self.statistics
