@@ -1,0 +1,231 @@
+"""The operator table: what every pass needs to know about ONNX operators, stated once.
+
+Passes ask here which input of a node is its weight, on which axis its output channels lie, which
+operators only move values, and what range an output is bound to; none of them lists operators
+of its own. Sources: the ONNX operator specification, opsets 6 to 25.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+
+class Role(StrEnum):
+    """How an operator treats the values that it is given."""
+
+    CONTRACT = "contract"
+    """Multiplies and sums over an axis: where the arithmetic of a network is."""
+    MOVE = "move"
+    """Every output value is one of the input's values (or a given constant)."""
+    ELEMENTWISE = "elementwise"
+    """Combines several inputs value by value, broadcasting."""
+    ACTIVATION = "activation"
+    """A function of one input, value by value."""
+    AVERAGE = "average"
+    """Output values lie within the range of the input's values, but are new."""
+    NORMALIZE = "normalize"
+    """Rescales by statistics of the values, along some axes."""
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """One row of the table. Indices count the node's inputs; axes count from the left."""
+
+    role: Role
+    data: tuple[int, ...] | None = (0,)
+    """Inputs whose values flow to the output; None: all of them."""
+    weight: int | None = None
+    bias: int | None = None
+    out_axis: int | None = None
+    """Axis of the weight that holds the output channels."""
+    in_axis: int | None = None
+    """Axis of the weight that is summed over with the data's channels."""
+    channel_axis: int | None = None
+    """Axis of the data and of the output that holds their channels."""
+    output_range: tuple[float, float] | None = None
+    """Bounds that the output cannot leave, whatever the input."""
+
+
+_CONTRACT: Final = {
+    "Conv": Operator(role=Role.CONTRACT, weight=1, bias=2, out_axis=0, in_axis=1, channel_axis=1),
+    # (C_in, C_out / group, ...): with groups, out_axis holds the channels of one group only.
+    "ConvTranspose": Operator(
+        role=Role.CONTRACT, weight=1, bias=2, out_axis=1, in_axis=0, channel_axis=1
+    ),
+    # With transB = 0; `out_axis` and `in_axis` below read the attribute.
+    "Gemm": Operator(
+        role=Role.CONTRACT, data=(0, 1), weight=1, bias=2, out_axis=1, in_axis=0, channel_axis=1
+    ),
+    "MatMul": Operator(
+        role=Role.CONTRACT, data=(0, 1), weight=1, out_axis=-1, in_axis=-2, channel_axis=-1
+    ),
+    "LSTM": Operator(role=Role.CONTRACT, weight=1, bias=3),
+    "GRU": Operator(role=Role.CONTRACT, weight=1, bias=3),
+    "RNN": Operator(role=Role.CONTRACT, weight=1, bias=3),
+    "Einsum": Operator(role=Role.CONTRACT, data=None),
+}
+
+_MOVE: Final = {
+    name: Operator(role=Role.MOVE)
+    for name in (
+        *("Identity", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split"),
+        *("Expand", "Tile", "DepthToSpace", "SpaceToDepth", "Gather", "GatherElements"),
+        *("GatherND", "Compress", "ReverseSequence", "MaxPool", "GlobalMaxPool", "ReduceMax"),
+        *("ReduceMin", "Dropout"),
+    )
+} | {
+    "Concat": Operator(role=Role.MOVE, data=None),
+    "Pad": Operator(role=Role.MOVE),
+    "Resize": Operator(role=Role.AVERAGE),
+    "Upsample": Operator(role=Role.AVERAGE),
+    "Where": Operator(role=Role.MOVE, data=(1, 2)),
+    "Max": Operator(role=Role.MOVE, data=None),
+    "Min": Operator(role=Role.MOVE, data=None),
+}
+
+_ELEMENTWISE: Final = {
+    name: Operator(role=Role.ELEMENTWISE, data=(0, 1))
+    for name in ("Add", "Sub", "Mul", "Div", "Pow")
+} | {name: Operator(role=Role.ELEMENTWISE, data=None) for name in ("Sum", "Mean")}
+
+_UNIT: Final = (0.0, 1.0)
+_ACTIVATION: Final = {
+    "Relu": Operator(role=Role.ACTIVATION, output_range=(0.0, np.inf)),
+    "Clip": Operator(role=Role.ACTIVATION),
+    "Sigmoid": Operator(role=Role.ACTIVATION, output_range=_UNIT),
+    "HardSigmoid": Operator(role=Role.ACTIVATION, output_range=_UNIT),
+    "Softmax": Operator(role=Role.ACTIVATION, output_range=_UNIT),
+    "Tanh": Operator(role=Role.ACTIVATION, output_range=(-1.0, 1.0)),
+    "Erf": Operator(role=Role.ACTIVATION, output_range=(-1.0, 1.0)),
+    "Softplus": Operator(role=Role.ACTIVATION, output_range=(0.0, np.inf)),
+    "Softsign": Operator(role=Role.ACTIVATION, output_range=(-1.0, 1.0)),
+    "Abs": Operator(role=Role.ACTIVATION, output_range=(0.0, np.inf)),
+    "Sqrt": Operator(role=Role.ACTIVATION, output_range=(0.0, np.inf)),
+    "Exp": Operator(role=Role.ACTIVATION, output_range=(0.0, np.inf)),
+    "PRelu": Operator(role=Role.ACTIVATION, weight=1),
+} | {
+    name: Operator(role=Role.ACTIVATION)
+    for name in (
+        *("LeakyRelu", "Elu", "Selu", "Celu", "Gelu", "HardSwish", "Swish", "Mish"),
+        *("ThresholdedRelu", "LogSoftmax", "Neg", "Log", "Reciprocal", "Cast"),
+    )
+}
+
+_AVERAGE: Final = {
+    name: Operator(role=Role.AVERAGE, channel_axis=1)
+    for name in ("AveragePool", "GlobalAveragePool")
+} | {"ReduceMean": Operator(role=Role.AVERAGE)}
+
+_NORMALIZE: Final = {
+    "BatchNormalization": Operator(role=Role.NORMALIZE, weight=1, bias=2, channel_axis=1),
+    "InstanceNormalization": Operator(role=Role.NORMALIZE, weight=1, bias=2, channel_axis=1),
+    "GroupNormalization": Operator(role=Role.NORMALIZE, weight=1, bias=2, channel_axis=1),
+    "LayerNormalization": Operator(role=Role.NORMALIZE, weight=1, bias=2, channel_axis=-1),
+    "RMSNormalization": Operator(role=Role.NORMALIZE, weight=1, channel_axis=-1),
+    "LpNormalization": Operator(role=Role.NORMALIZE),
+    "LRN": Operator(role=Role.NORMALIZE, channel_axis=1),
+}
+
+TABLE: Final[dict[str, Operator]] = (
+    _CONTRACT | _MOVE | _ELEMENTWISE | _ACTIVATION | _AVERAGE | _NORMALIZE
+)
+"""Operators of the default ONNX domain by type. What is absent is unknown: leave it alone."""
+
+UNKNOWN: Final = Operator(role=Role.OTHER, data=())
+
+DEFAULT_DOMAINS: Final = frozenset({"", "ai.onnx"})
+
+
+def operator(node: ir.Node) -> Operator:
+    """The table's row for `node`; `UNKNOWN` outside the default domain or for a new operator."""
+    return TABLE.get(node.op_type, UNKNOWN) if node.domain in DEFAULT_DOMAINS else UNKNOWN
+
+
+def data_inputs(node: ir.Node) -> list[ir.Value]:
+    """The inputs of `node` whose values flow to its outputs, absent ones left out."""
+    row = operator(node)
+    indices = range(len(node.inputs)) if row.data is None else row.data
+    return [v for i in indices if i < len(node.inputs) and (v := node.inputs[i]) is not None]
+
+
+def out_axis(node: ir.Node, rank: int) -> int | None:
+    """Axis of the weight (of `rank` dimensions) that holds output channels, counted from the left.
+
+    None where there is no such axis: a vector as the right-hand side of MatMul, or ConvTranspose
+    with groups, whose output channels are spread over two axes.
+    """
+    row = operator(node)
+    if row.out_axis is None or (node.op_type == "MatMul" and rank < 2):
+        return None
+    if node.op_type == "Gemm":
+        return 0 if int_attribute(node, "transB", 0) else 1
+    if node.op_type == "ConvTranspose" and int_attribute(node, "group", 1) != 1:
+        return None
+    return row.out_axis % rank
+
+
+def in_axis(node: ir.Node, rank: int) -> int | None:
+    """Axis of the weight that is summed over, counted from the left; None where there is none."""
+    row = operator(node)
+    if row.in_axis is None:
+        return None
+    if node.op_type == "MatMul":
+        return max(rank - 2, 0)
+    if node.op_type == "Gemm":
+        return 1 if int_attribute(node, "transB", 0) else 0
+    return row.in_axis
+
+
+def output_range(node: ir.Node) -> tuple[float, float] | None:
+    """Bounds that the node's output cannot leave; for Clip they are read from its constants."""
+    if node.op_type != "Clip" or node.domain not in DEFAULT_DOMAINS:
+        return operator(node).output_range
+    bounds: list[float] = []
+    for index, (name, default) in enumerate((("min", -np.inf), ("max", np.inf)), start=1):
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is not None:
+            array = constant(value)
+            if array is None or array.size != 1:
+                return None
+            bounds.append(float(array.reshape(())))
+        else:
+            attribute = node.attributes.get(name)
+            bounds.append(default if attribute is None else attribute.as_float())
+    return bounds[0], bounds[1]
+
+
+def int_attribute(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute, or the operator's default where it is absent."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None or attribute.is_ref() else attribute.as_int()
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor that `value` always holds: an initializer nobody can override, or a Constant.
+
+    An initializer that is also a graph input may be replaced by the caller at run time, so it is
+    not constant. Looks through no other operator.
+    """
+    if value is None:
+        return None
+    producer = value.producer()
+    if producer is None:
+        return value.const_value if value.is_initializer() and not value.is_graph_input() else None
+    if producer.op_type == "Constant" and producer.domain in DEFAULT_DOMAINS:
+        attribute = producer.attributes.get("value")
+        if attribute is not None and not attribute.is_ref():
+            return attribute.as_tensor()
+        return value.const_value
+    return None
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """`constant_tensor` as an array; reads the tensor's bytes."""
+    tensor = constant_tensor(value)
+    return None if tensor is None else tensor.numpy()
