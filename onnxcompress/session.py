@@ -1,0 +1,241 @@
+"""Runs models in ONNX Runtime: the one place that imports it.
+
+A session shares the model's weights instead of serialising them: the graph is handed over as a
+small protobuf whose large initializers are only named, and their arrays (memory-mapped where the
+model came from a file) are passed beside it. Models over 2 GB run this way too.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+
+from onnxcompress.contract import Array
+from onnxcompress.errors import InputError, OnnxCompressError
+
+Feed = Mapping[str, Any]
+Optimization = Literal["all", "basic", "none"]
+
+ort: Any = onnxruntime  # it comes without types
+
+_LEVELS: dict[Optimization, Any] = {
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+# Below this an initializer stays in the protobuf: shape inference and fusions read its value.
+_SHARED_BYTES = 1024
+_LOCATION = "weights"
+_PROVIDERS = ["CPUExecutionProvider"]
+_FATAL, _WARNING = 4, 2
+
+
+class Session:
+    """A model ready to run on the CPU.
+
+    Args:
+        model: a model in memory, which is not altered, or the path of one.
+        outputs: the values to return, in this order; any value of the main graph (a graph input
+            and an initializer too). The graph's outputs when None.
+        optimization: how much ONNX Runtime rewrites the graph before it runs.
+        threads: threads of one operator; 0 leaves the choice to ONNX Runtime.
+        prepack: let kernels keep a second, reordered copy of the weights: faster runs, but a
+            slower start and more memory, so turn it off for a few runs of a large model.
+        spinning: let idle threads wait busily; turn it off where other threads need the cores.
+        verbose: show ONNX Runtime's own warnings.
+
+    Raises:
+        InputError: if a wanted output does not exist or ONNX Runtime refuses the model.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model | Path,
+        *,
+        outputs: Sequence[str] | None = None,
+        optimization: Optimization = "all",
+        threads: int = 0,
+        prepack: bool = True,
+        spinning: bool = True,
+        verbose: bool = False,
+    ) -> None:
+        options = _options(optimization, verbose)
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        self._title = str(model) if isinstance(model, Path) else repr(model.graph.name or "model")
+        self._session, self._weights = _start(model, outputs, options, self._title)
+        self._run_options = ort.RunOptions()
+        self._run_options.log_severity_level = options.log_severity_level
+        self.inputs: tuple[str, ...] = tuple(v.name for v in self._session.get_inputs())
+        self.outputs: tuple[str, ...] = tuple(v.name for v in self._session.get_outputs())
+
+    def run(self, feed: Feed) -> dict[str, Array]:
+        """The outputs by name for one feed (arrays by input name); the arrays are the caller's.
+
+        Raises:
+            InputError: if the feed does not fit the model or an operator fails on it.
+        """
+        with _one_sentence(f"cannot run {self._title}"):
+            arrays = self._session.run(list(self.outputs), dict(feed), self._run_options)
+        return dict(zip(self.outputs, arrays, strict=True))
+
+    def bind(self) -> Binding:
+        """Buffers for the outputs, to be used again from run to run."""
+        return Binding(self)
+
+
+class Binding:
+    """One set of output buffers of a session; `run` overwrites what it returned before."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._binding = session._session.io_binding()  # pyright: ignore[reportPrivateUsage]
+        self._shapes: object = None
+        self._buffers: list[Any] = []
+
+    def run(self, feed: Feed) -> dict[str, Array]:
+        """As `Session.run`, but the arrays are views that are valid until the next call.
+
+        Buffers are kept while the shapes of the feed stay the same; an output whose shape
+        follows the data makes ONNX Runtime refuse them, and they are then allocated anew.
+        """
+        shapes = {name: np.shape(array) for name, array in feed.items()}
+        reuse = shapes == self._shapes
+        with _one_sentence(f"cannot run {self._session._title}"):  # pyright: ignore[reportPrivateUsage]
+            self._bind(feed, reuse)
+            try:
+                self._execute()
+            except Exception:
+                if not reuse:
+                    raise
+                self._bind(feed, reuse=False)
+                self._execute()
+            if not reuse:
+                self._buffers = list(self._binding.get_outputs())
+                self._shapes = shapes
+        arrays = (buffer.numpy() for buffer in self._binding.get_outputs())
+        return dict(zip(self._session.outputs, arrays, strict=True))
+
+    def _bind(self, feed: Feed, reuse: bool) -> None:
+        self._binding.clear_binding_inputs()
+        for name, array in feed.items():
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        if reuse:
+            return
+        self._binding.clear_binding_outputs()
+        self._buffers = []
+        for name in self._session.outputs:
+            self._binding.bind_output(name)
+
+    def _execute(self) -> None:
+        session = self._session
+        session._session.run_with_iobinding(self._binding, session._run_options)  # pyright: ignore[reportPrivateUsage]
+
+
+def optimized_model(model: ir.Model | Path, *, optimization: Optimization = "all") -> ir.Model:
+    """The graph that ONNX Runtime makes of `model` on this CPU, to see which operators it fused.
+
+    It is for reading: large weights in it have no data behind them.
+
+    Raises:
+        InputError: if ONNX Runtime refuses the model.
+    """
+    options = _options(optimization, verbose=False)
+    title = str(model) if isinstance(model, Path) else repr(model.graph.name or "model")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        options.optimized_model_filepath = str(path)
+        for key, value in (("file_name", _LOCATION), ("min_size_in_bytes", str(_SHARED_BYTES))):
+            options.add_session_config_entry(
+                f"session.optimized_model_external_initializers_{key}", value
+            )
+        _start(model, None, options, title)
+        return ir.load(path)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _options(optimization: Optimization, verbose: bool) -> Any:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = _LEVELS[optimization]
+    options.log_severity_level = _WARNING if verbose else _FATAL
+    return options
+
+
+def _start(
+    model: ir.Model | Path, outputs: Sequence[str] | None, options: Any, title: str
+) -> tuple[Any, list[Any]]:
+    """The session, and the weights that must live as long as it does."""
+    if isinstance(model, Path):
+        if outputs is None:
+            with _one_sentence(f"cannot load {title}"):
+                return ort.InferenceSession(str(model), options, _PROVIDERS), []
+        model = ir.load(model)  # pyright: ignore[reportUnknownMemberType]
+    with _one_sentence(f"cannot load {title}"), tempfile.TemporaryDirectory() as folder:
+        copy = model.clone()
+        if outputs is not None:
+            _replace_outputs(copy.graph, outputs, title)
+        # ONNX Runtime checks that the named file exists, though every initializer is handed over.
+        (Path(folder) / _LOCATION).touch()
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", folder
+        )
+        weights = _share_weights(copy.graph)
+        options.add_external_initializers(list(weights), list(weights.values()))
+        content = ir.to_proto(copy).SerializeToString()
+        return ort.InferenceSession(content, options, _PROVIDERS), list(weights.values())
+
+
+def _replace_outputs(graph: ir.Graph, names: Sequence[str], title: str) -> None:
+    known = {v.name: v for v in (*graph.initializers.values(), *graph.inputs)}
+    known.update((v.name, v) for node in graph for v in node.outputs)
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise InputError(f"{title} has no value {missing[0]!r} in its main graph")
+    graph.outputs[:] = [known[name] for name in dict.fromkeys(names)]
+
+
+def _share_weights(graph: ir.Graph) -> dict[str, Any]:
+    """Reduce large initializers to references, and return their arrays by name."""
+    weights: dict[str, Any] = {}
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < _SHARED_BYTES or tensor.dtype in _INLINE:
+            continue
+        array = np.require(tensor.numpy(), requirements=["C", "ALIGNED"])
+        weights[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype))
+        value.const_value = ir.ExternalTensor(
+            _LOCATION,
+            0,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
+        )
+    return weights
+
+
+# Kinds whose arrays in memory are not laid out as ONNX Runtime stores them.
+_INLINE = {ir.DataType.STRING, ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.FLOAT4E2M1} | {
+    ir.DataType[name] for name in ("INT2", "UINT2") if name in ir.DataType.__members__
+}
+
+
+@contextmanager
+def _one_sentence(failure: str) -> Generator[None]:
+    """Turn ONNX Runtime's multi-line errors into one sentence; its binding raises many types."""
+    try:
+        yield
+    except (OnnxCompressError, MemoryError):
+        raise
+    except Exception as error:
+        text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", str(error))
+        text = re.sub(r"\S+\.(?:cc|h|cpp):\d+ ", "", text)
+        raise InputError(f"ONNX Runtime {failure}: {' '.join(text.split())[:500]}") from error
