@@ -1,0 +1,105 @@
+"""Affine quantization: q = saturate(round(x / scale) + zero_point), as QuantizeLinear defines it.
+
+Rounding is to nearest even and scales are float32, so what is computed here is what ONNX
+Runtime computes at run time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.floating[Any]]
+
+RANGES: Final[dict[str, tuple[int, int]]] = {
+    "int4": (-8, 7),
+    "uint4": (0, 15),
+    "int8": (-128, 127),
+    "uint8": (0, 255),
+    "int16": (-32768, 32767),
+    "uint16": (0, 65535),
+    "int32": (-(2**31), 2**31 - 1),
+}
+"""Smallest and largest value of each integer type."""
+
+SMALLEST_SCALE: Final = np.float32(1e-30)
+"""Keeps scales, and the products of two that scale a bias, clear of denormals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """Parameters of one tensor: `scale` float32 and `zero_point` of `dtype`, scalar or 1-D."""
+
+    scale: npt.NDArray[np.float32]
+    zero_point: Array
+    dtype: str
+    axis: int | None = None
+
+    @property
+    def range(self) -> tuple[int, int]:
+        return RANGES[self.dtype]
+
+
+def affine(low: float, high: float, dtype: str, *, symmetric: bool = False) -> Affine:
+    """Per-tensor parameters that cover [low, high], widened to hold zero exactly.
+
+    Symmetric ranges use zero_point 0 for signed types (and the middle for unsigned ones) and
+    leave the type's smallest value unused, so that negation stays exact.
+
+    Raises:
+        ValueError: if a bound is not finite or low > high.
+    """
+    if not (np.isfinite(low) and np.isfinite(high) and low <= high):
+        raise ValueError(f"no quantization covers [{low}, {high}]")
+    qmin, qmax = RANGES[dtype]
+    low, high = min(low, 0.0), max(high, 0.0)
+    if symmetric:
+        middle = (qmin + qmax + 1) // 2
+        scale = _float32_scale(max(-low, high) / (qmax - middle))
+        return Affine(scale, np.asarray(middle, dtype), dtype)
+    scale = _float32_scale((high - low) / (qmax - qmin))
+    # A scale rounded up would let the largest code pass `high`, and ONNX Runtime then no longer
+    # sees that QuantizeLinear already does the clipping of a Clip before it.
+    if high > 0 and scale > SMALLEST_SCALE and scale * np.float32(qmax - qmin) > high - low:
+        scale = np.nextafter(scale, np.float32(0))
+    zero_point = int(np.clip(np.round(qmin - low / float(scale)), qmin, qmax))
+    return Affine(scale, np.asarray(zero_point, dtype), dtype)
+
+
+def symmetric_per_channel(bound: FloatArray, dtype: str, axis: int) -> Affine:
+    """Symmetric parameters of each channel from the largest magnitude to represent in it, (C,)."""
+    _, qmax = RANGES[dtype]
+    scale = np.maximum((bound.astype(np.float64) / qmax).astype(np.float32), SMALLEST_SCALE)
+    return Affine(scale, np.zeros(scale.shape, dtype), dtype, axis)
+
+
+def quantize(x: FloatArray, parameters: Affine) -> Array:
+    """The integers that QuantizeLinear gives for `x` (any shape), saturated to the type."""
+    scale, zero_point = _broadcast(parameters, x.ndim)
+    qmin, qmax = parameters.range
+    q = np.rint(x / scale)
+    q += zero_point
+    np.clip(q, qmin, qmax, out=q)
+    return q.astype(parameters.dtype)
+
+
+def dequantize(q: Array, parameters: Affine) -> npt.NDArray[np.float32]:
+    """The values that DequantizeLinear gives for the integers `q` (any shape)."""
+    scale, zero_point = _broadcast(parameters, q.ndim)
+    return (q.astype(np.float32) - zero_point.astype(np.float32)) * scale
+
+
+def _broadcast(parameters: Affine, rank: int) -> tuple[npt.NDArray[np.float32], Array]:
+    if parameters.axis is None:
+        return parameters.scale, parameters.zero_point
+    shape = [1] * rank
+    shape[parameters.axis] = -1
+    return parameters.scale.reshape(shape), parameters.zero_point.reshape(shape)
+
+
+def _float32_scale(scale: float) -> npt.NDArray[np.float32]:
+    return np.asarray(max(np.float32(scale), SMALLEST_SCALE), np.float32)
