@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class OnnxCompressError(Exception):
     """A failure with one sentence for a person: what, where (file, node), and the remedy."""
@@ -25,3 +28,13 @@ class IntegrityError(OnnxCompressError):
     """A file is not what its signature or checksum says it is."""
 
     exit_code = 4
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest known one, or what there is."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f", did you mean {near[0]!r}?"
+    shown = ", ".join(repr(n) for n in names[:8]) or "none"
+    return f"; there are: {shown}{', …' if len(names) > 8 else ''}"
