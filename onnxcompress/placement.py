@@ -1,0 +1,258 @@
+"""Where integers run: which nodes a target computes on integers, and which values carry a pair.
+
+A QuantizeLinear/DequantizeLinear pair that does not become part of an integer kernel only costs.
+So quantization starts at the operators that are worth it by themselves (convolutions and matrix
+products), and spreads to cheaper ones only where their inputs are integers already and somebody
+behind them wants integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.contract import Skip
+from onnxcompress.numerics.affine import affine, dequantize, quantize
+from onnxcompress.operators import (
+    DEFAULT_DOMAINS,
+    constant,
+    constant_tensor,
+    data_inputs,
+    int_attribute,
+    operator,
+    output_range,
+)
+from onnxcompress.targets import Target
+
+_LEAST_CONSTANT_SQNR = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What of a graph runs on integers, in graph order."""
+
+    kernels: dict[ir.Node, None] = field(default_factory=dict[ir.Node, None])
+    moves: dict[ir.Node, None] = field(default_factory=dict[ir.Node, None])
+    roots: dict[ir.Value, None] = field(default_factory=dict[ir.Value, None])
+    """Values that get a pair with parameters of their own."""
+    skips: list[Skip] = field(default_factory=list[Skip])
+
+    def root(self, value: ir.Value) -> ir.Value:
+        """The value whose parameters `value` has: itself, or what moves made it from."""
+        while (producer := value.producer()) is not None and producer in self.moves:
+            value = data_inputs(producer)[0]
+        return value
+
+
+def matches(node: ir.Node, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern (with * and ?) is the node's name or its operator type."""
+    return any(fnmatchcase(node.name or "", p) or fnmatchcase(node.op_type, p) for p in patterns)
+
+
+def place(graph: ir.Graph, target: Target, wanted: Callable[[ir.Node], bool]) -> Placement:
+    """Decide which of the graph's nodes run on integers on `target`.
+
+    Args:
+        graph: the main graph; nodes inside bodies of If, Loop and Scan stay in float.
+        target: what the runtime can do.
+        wanted: whether a person allows this node to be quantized.
+    """
+    plan = Placement()
+    carried = _spread(graph, target, wanted, plan)
+    _trim(graph, target, plan)
+    for node in graph:
+        if node not in plan.kernels:
+            continue
+        for value in data_inputs(node):
+            if constant_tensor(value) is None:
+                plan.roots[plan.root(value)] = None
+        output = absorbed_output(node, target)
+        if output in carried:
+            plan.roots[output] = None
+    return plan
+
+
+def _spread(
+    graph: ir.Graph, target: Target, wanted: Callable[[ir.Node], bool], plan: Placement
+) -> set[ir.Value]:
+    """Mark kernels and moves from inputs to outputs; returns the values that exist as integers."""
+    opset = graph.opset_imports.get("", 0)
+    carried: set[ir.Value] = set()
+    for node in graph:
+        kernel = target.kernels.get(node.op_type) if node.domain in DEFAULT_DOMAINS else None
+        if kernel is not None:
+            if not kernel.anchor and not _follows(node, carried):
+                continue
+            reason = _refusal(node) if wanted(node) else "excluded by name or type"
+            if reason is not None:
+                plan.skips.append(Skip(node.name or "", node.op_type, reason))
+                continue
+            plan.kernels[node] = None
+            if kernel.output == "integer":
+                carried.add(absorbed_output(node, target))
+        elif _moves(node, target, opset) and data_inputs(node)[0] in carried and wanted(node):
+            plan.moves[node] = None
+            carried.update(node.outputs)
+    return carried
+
+
+def _follows(node: ir.Node, carried: set[ir.Value]) -> bool:
+    inputs = [v for v in data_inputs(node) if constant_tensor(v) is None]
+    return bool(inputs) and all(v in carried for v in inputs)
+
+
+def _trim(graph: ir.Graph, target: Target, plan: Placement) -> None:
+    """Return to float what ends in float anyway: it would lose precision and gain nothing."""
+    for node in reversed(graph):
+        cheap = node in plan.kernels and not target.kernels[node.op_type].anchor
+        if not cheap and node not in plan.moves:
+            continue
+        output = absorbed_output(node, target) if cheap else node.outputs[0]
+        outputs = (output,) if cheap else node.outputs
+        if not any(
+            user in plan.kernels or user in plan.moves for v in outputs for user in _users(v)
+        ):
+            plan.kernels.pop(node, None)
+            plan.moves.pop(node, None)
+
+
+def absorbed_output(node: ir.Node, target: Target) -> ir.Value:
+    """The output of `node`, or of the Relu or Clip behind it that QuantizeLinear swallows."""
+    value = node.outputs[0]
+    while not value.is_graph_output() and len(value.uses()) == 1:
+        (user,) = _users(value)
+        if user.op_type not in target.absorbs or user.graph is not node.graph:
+            break
+        bounds = output_range(user)
+        if user.inputs[0] is not value or bounds is None or not bounds[0] <= 0 <= bounds[1]:
+            break  # the integers always hold zero, so they cannot clip to a range without it
+        value = user.outputs[0]
+    return value
+
+
+def _users(value: ir.Value) -> Iterator[ir.Node]:
+    return (usage.node for usage in value.uses())
+
+
+def _moves(node: ir.Node, target: Target, opset: int) -> bool:
+    first = target.moves.get(node.op_type)
+    if first is None or opset < first or node.domain not in DEFAULT_DOMAINS:
+        return False
+    if node.op_type == "MaxPool":
+        return len(node.outputs) == 1
+    if node.op_type == "Resize":
+        mode = node.attributes.get("mode")
+        return (mode is None or mode.as_string() == "nearest") and _text(
+            node, "coordinate_transformation_mode"
+        ) != "tf_crop_and_resize"
+    if node.op_type == "Pad":
+        return (
+            len(node.inputs) < 3 or node.inputs[2] is None or constant(node.inputs[2]) is not None
+        )
+    return True
+
+
+def _text(node: ir.Node, name: str) -> str:
+    attribute = node.attributes.get(name)
+    return "" if attribute is None else attribute.as_string()
+
+
+def _refusal(node: ir.Node) -> str | None:
+    """Why a node of a type that has an integer kernel cannot use it; None where it can."""
+    reason = _REFUSALS.get(node.op_type, _refuse_constants)(node)
+    if reason is None and any(v.dtype not in (None, ir.DataType.FLOAT) for v in data_inputs(node)):
+        return "its data are not float32"
+    return reason
+
+
+def _refuse_conv(node: ir.Node) -> str | None:
+    weight, bias = constant_tensor(node.inputs[1]), _optional(node, 2)
+    if weight is None or (bias is not None and constant_tensor(bias) is None):
+        return "its weight or bias is computed or can be overridden"
+    if weight.dtype != ir.DataType.FLOAT:
+        return f"its weight is {weight.dtype.name.lower()}, not float32"
+    if constant_tensor(node.inputs[0]) is not None:
+        return "its data are constant"
+    return _refuse_values(node)
+
+
+def _refuse_gemm(node: ir.Node) -> str | None:
+    if any(node.attributes[k].as_float() != 1 for k in ("alpha", "beta") if k in node.attributes):
+        return "the integer kernel has no alpha and beta"
+    if int_attribute(node, "transA", 0):
+        return "the integer kernel does not transpose its data"
+    weight, bias = constant_tensor(node.inputs[1]), constant_tensor(_optional(node, 2))
+    if weight is not None and bias is not None and bias.shape.rank() != 1:
+        return "its bias is not a vector"
+    if weight is not None and bias is not None and bias.size != _gemm_width(node, weight):
+        return "its bias does not have one value an output"
+    return _refuse_conv(node)
+
+
+def _gemm_width(node: ir.Node, weight: ir.TensorProtocol) -> int:
+    shape = weight.shape.numpy()
+    return shape[0] if int_attribute(node, "transB", 0) else shape[1]
+
+
+def _refuse_matmul(node: ir.Node) -> str | None:
+    left, right = node.inputs[0], node.inputs[1]
+    if constant_tensor(left) is not None:
+        return "its left operand is constant"
+    weight = constant_tensor(right)
+    if weight is None:
+        if any(v is None or v.dtype != ir.DataType.FLOAT for v in (left, right)):
+            return "the type of its operands is unknown"
+        return None
+    if weight.dtype != ir.DataType.FLOAT or weight.shape.rank() < 2:
+        return "its weight is not a float32 matrix"
+    return _refuse_values(node)
+
+
+def _refuse_values(node: ir.Node) -> str | None:
+    for value in node.inputs[1:]:
+        array = constant(value)
+        if array is not None and not np.isfinite(array).all():
+            return "its weight holds NaN or infinity"
+    return None
+
+
+def _refuse_constants(node: ir.Node) -> str | None:
+    """A constant operand is quantized per tensor, so its own values must survive that."""
+    if node.op_type == "AveragePool" and int_attribute(node, "ceil_mode", 0):
+        return "the integer kernel rounds its output size down"
+    for value in data_inputs(node):
+        array = constant(value)
+        if array is None:
+            continue
+        if array.dtype != np.float32 or not array.size or not np.isfinite(array).all():
+            return "a constant operand is not finite float32"
+        restored = dequantize(
+            quantize(array, p := affine(float(array.min()), float(array.max()), "uint8")), p
+        )
+        noise = float(np.square(restored - array, dtype=np.float64).sum())
+        power = float(np.square(array, dtype=np.float64).sum())
+        if power < noise * 10 ** (_LEAST_CONSTANT_SQNR / 10):
+            return "its constant operand does not fit 8 bits per tensor"
+    return None
+
+
+_REFUSALS: dict[str, Callable[[ir.Node], str | None]] = {
+    "Conv": _refuse_conv,
+    "Gemm": _refuse_gemm,
+    "MatMul": _refuse_matmul,
+}
+
+
+def _optional(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def weight_of(node: ir.Node) -> ir.Value | None:
+    """The node's weight where it is constant."""
+    index = operator(node).weight
+    value = None if index is None else _optional(node, index)
+    return value if constant_tensor(value) is not None else None

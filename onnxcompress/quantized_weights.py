@@ -1,0 +1,217 @@
+"""Constants in integer form: the initializers and DequantizeLinear nodes that quantizers emit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.contract import Array
+from onnxcompress.numerics.affine import (
+    SMALLEST_SCALE,
+    Affine,
+    affine,
+    quantize,
+    symmetric_per_channel,
+)
+from onnxcompress.numerics.saturation import PAIR_LIMIT, largest_pair_sum, trim_pairs
+from onnxcompress.operators import (
+    constant,
+    constant_tensor,
+    data_inputs,
+    int_attribute,
+    operator,
+    out_axis,
+)
+from onnxcompress.targets import Target
+
+_LARGEST_BIAS = 2.0**30
+_LAZY_BYTES = 1 << 24
+_INT8_MAX = 127
+
+
+class WeightStore:
+    """Adds integer constants to one graph, each once, under names that nothing else has."""
+
+    def __init__(self, graph: ir.Graph, target: Target, *, per_channel: bool = True) -> None:
+        self.graph = graph
+        self.target = target
+        self.per_channel = per_channel
+        self._names = {v.name for v in (*graph.inputs, *graph.initializers.values())}
+        self._names |= {v.name for node in graph.all_nodes() for v in node.outputs}
+        self._names |= {
+            v.name for g in graph.subgraphs() for v in (*g.inputs, *g.initializers.values())
+        }
+        self._first = graph[0]
+        self._replaced: dict[ir.Value, None] = {}
+        self._shared: dict[tuple[object, ...], ir.Value] = {}
+
+    def fresh(self, name: str) -> str:
+        """`name`, with a number behind it where it is taken."""
+        candidate, number = name, 1
+        while candidate in self._names:
+            candidate, number = f"{name}_{number}", number + 1
+        self._names.add(candidate)
+        return candidate
+
+    def initializer(self, name: str, content: Array | ir.TensorProtocol) -> ir.Value:
+        """A new initializer of the graph."""
+        name = self.fresh(name)
+        tensor = ir.tensor(content, name=name) if isinstance(content, np.ndarray) else content
+        tensor.name = name
+        value = ir.val(name, tensor.dtype, tensor.shape.numpy(), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def parameters(self, name: str, parameters: Affine) -> tuple[ir.Value, ir.Value]:
+        """Scale and zero_point as initializers named after `name`; equal ones are made once."""
+        key = (name, parameters.scale.tobytes(), parameters.zero_point.tobytes(), parameters.dtype)
+        pair: list[ir.Value] = []
+        for part, array in (("scale", parameters.scale), ("zero_point", parameters.zero_point)):
+            if (value := self._shared.get((*key, part))) is None:
+                value = self._shared[(*key, part)] = self.initializer(f"{name}_{part}", array)
+            pair.append(value)
+        return pair[0], pair[1]
+
+    def quantize_operands(self, node: ir.Node, data: Affine | None) -> None:
+        """Replace the node's constant operands by integers behind a DequantizeLinear.
+
+        Args:
+            node: a kernel of the target.
+            data: parameters of the node's first data input, whose scale the bias needs.
+        """
+        row = operator(node)
+        weight = node.inputs[row.weight] if row.weight is not None else None
+        if weight is not None and constant_tensor(weight) is not None and data is not None:
+            self._quantize_weight(node, weight, data)
+            return
+        for index, value in enumerate(node.inputs):
+            if value is not None and value in data_inputs(node) and constant_tensor(value):
+                self._replace(node, index, value, self._constant_parameters(value))
+
+    def drop_unused(self) -> None:
+        """Remove the float initializers that only quantized nodes used."""
+        for value in self._replaced:
+            if not value.uses() and not value.is_graph_output() and value.name is not None:
+                self.graph.initializers.pop(value.name, None)
+
+    def _quantize_weight(self, node: ir.Node, weight: ir.Value, data: Affine) -> None:
+        row = operator(node)
+        assert row.weight is not None
+        array = constant(weight)
+        assert array is not None
+        bias = (
+            node.inputs[row.bias] if row.bias is not None and len(node.inputs) > row.bias else None
+        )
+        biases = constant(bias)
+        parameters = self._weight_parameters(node, array, biases, data)
+        self._replace(node, row.weight, weight, parameters, _kernel_order(node, array.ndim))
+        if row.bias is not None and bias is not None:
+            scale = np.maximum(data.scale * parameters.scale, SMALLEST_SCALE)
+            zero = np.zeros(scale.shape, np.int32)
+            axis = None if parameters.axis is None else 0
+            self._replace(node, row.bias, bias, Affine(scale, zero, "int32", axis))
+
+    def _weight_parameters(
+        self, node: ir.Node, weight: Array, bias: Array | None, data: Affine
+    ) -> Affine:
+        axis = out_axis(node, weight.ndim)
+        if not self.per_channel or axis is None or (node.op_type == "MatMul" and weight.ndim > 2):
+            axis = None
+        order = _kernel_order(node, weight.ndim)
+        rows = _rows(weight, axis, order)
+        bound = np.abs(rows).max(axis=1, initial=0.0).astype(np.float64)
+        if order is not None and self.target.bounds_pair_sums:
+            bound = np.maximum(bound, largest_pair_sum(rows) * (_INT8_MAX / PAIR_LIMIT))
+        if bias is not None:
+            # A channel whose weights are (nearly) zero must still hold its bias in 32 bits.
+            least = np.abs(bias.astype(np.float64)) / (float(data.scale) * _LARGEST_BIAS)
+            bound = np.maximum(bound, (least if axis is not None else least.max()) * _INT8_MAX)
+        dtype = self.target.weights.dtype
+        if axis is None:
+            return affine(-float(bound[0]), float(bound[0]), dtype, symmetric=True)
+        return symmetric_per_channel(bound, dtype, axis)
+
+    def _constant_parameters(self, value: ir.Value) -> Affine:
+        array = constant(value)
+        assert array is not None
+        return affine(float(array.min()), float(array.max()), self.target.activations.dtype)
+
+    def _replace(
+        self,
+        node: ir.Node,
+        index: int,
+        value: ir.Value,
+        parameters: Affine,
+        pairs: Sequence[int] | None = None,
+    ) -> None:
+        key = (value, parameters.scale.tobytes(), parameters.dtype, parameters.axis)
+        restored = self._shared.get(key)
+        if restored is None:
+            bounded = pairs if self.target.bounds_pair_sums else None
+            restored = self._shared[key] = self._restored(value, parameters, bounded)
+        node.replace_input_with(index, restored)
+        self._replaced[value] = None
+
+    def _restored(
+        self, value: ir.Value, parameters: Affine, pairs: Sequence[int] | None
+    ) -> ir.Value:
+        """The output of a new DequantizeLinear over the integers of `value`."""
+        source = constant_tensor(value)
+        assert source is not None
+        name = value.name or "constant"
+
+        def integers() -> Array:
+            q = quantize(source.numpy(), parameters)
+            return q if pairs is None else _trimmed(q, parameters.axis, pairs)
+
+        dtype = ir.DataType[parameters.dtype.upper()]
+        shape = ir.Shape(source.shape.numpy())
+        if source.nbytes > _LAZY_BYTES:
+            tensor = ir.LazyTensor(lambda: ir.tensor(integers(), dtype), dtype, shape)
+        else:
+            tensor = ir.tensor(integers(), dtype)
+        stored = self.initializer(f"{name}_quantized", tensor)
+        attributes = {} if parameters.axis is None else {"axis": parameters.axis}
+        restore = ir.node(
+            "DequantizeLinear", [stored, *self.parameters(name, parameters)], attributes
+        )
+        output = restore.outputs[0]
+        output.name = restore.name = self.fresh(f"{name}_dequantized")
+        output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), shape
+        self.graph.insert_before(self._first, restore)
+        return output
+
+
+def _kernel_order(node: ir.Node, rank: int) -> list[int] | None:
+    """Axes of the weight as an 8-bit kernel walks it: output channel first, then as it sums.
+
+    None where the kernel adds in 32 bits anyway (a depthwise convolution).
+    """
+    if node.op_type == "Conv":
+        weight = constant_tensor(node.inputs[1])
+        assert weight is not None
+        channels, width = weight.shape.numpy()[:2]
+        if width == 1 and channels == int_attribute(node, "group", 1) != 1:
+            return None
+        return [0, *range(2, rank), 1]
+    axis = out_axis(node, rank)
+    assert axis is not None
+    return [axis, *(i for i in range(rank) if i != axis)]
+
+
+def _rows(weight: Array, axis: int | None, order: Sequence[int] | None) -> Array:
+    """`weight` as (channels, K) in kernel order; one row where there is one scale."""
+    if order is None:
+        order = [axis or 0, *(i for i in range(weight.ndim) if i != (axis or 0))]
+    rows = weight.transpose(order).reshape(weight.shape[order[0]], -1)
+    if axis is not None:
+        return rows
+    return np.pad(rows, ((0, 0), (0, rows.shape[1] % 2))).reshape(1, -1)
+
+
+def _trimmed(q: Array, axis: int | None, order: Sequence[int]) -> Array:
+    ordered = q.transpose(order)
+    rows = trim_pairs(ordered.reshape(q.shape[order[0]], -1)).reshape(ordered.shape)
+    return np.ascontiguousarray(rows.transpose(np.argsort(order)))
