@@ -65,7 +65,7 @@ def affine(low: float, high: float, dtype: str, *, symmetric: bool = False) -> A
     # A scale rounded up would let the largest code pass `high`, and ONNX Runtime then no longer
     # sees that QuantizeLinear already does the clipping of a Clip before it.
     if high > 0 and scale > SMALLEST_SCALE and scale * np.float32(qmax - qmin) > high - low:
-        scale = np.nextafter(scale, np.float32(0))
+        scale = np.asarray(np.nextafter(scale, np.float32(0)))
     zero_point = int(np.clip(np.round(qmin - low / float(scale)), qmin, qmax))
     return Affine(scale, np.asarray(zero_point, dtype), dtype)
 

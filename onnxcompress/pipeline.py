@@ -1,0 +1,94 @@
+"""Runs passes in order: clone, observe what each wants, bind, apply, record."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxcompress.contract import CalibratedPass, Figure, Pass, Result, Skip, Statistics, Want
+
+Observer = Callable[[ir.Model, Sequence[Want]], Statistics]
+"""Runs a model over the calibration data and keeps what was wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one pass did: its options, what it declined, its figures and its time in seconds."""
+
+    name: str
+    options: Mapping[str, object]
+    modified: bool
+    skips: tuple[Skip, ...]
+    figures: Mapping[str, Figure]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A rewritten model, how it came about, and the statistics that the last observer kept."""
+
+    model: ir.Model
+    records: tuple[Record, ...]
+    statistics: Statistics | None
+
+
+def run(
+    model: ir.Model,
+    passes: Iterable[Pass],
+    *,
+    statistics: Statistics | None = None,
+    observer: Observer | None = None,
+    started: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Apply `passes` to a copy of `model`; weights are shared with it, the graph is not.
+
+    A calibrated pass gets `statistics` where they hold all that it wants; otherwise `observer`
+    runs the model as it stands. Neighbours share one observation while nothing changes.
+
+    Args:
+        model: left as it is.
+        passes: applied in this order.
+        statistics: observed earlier, on a model with the same value names.
+        observer: called when statistics are missing; without it the pass refuses, naming them.
+        started: told the name of each pass before it runs.
+
+    Raises:
+        InputError: if a pass lacks statistics or refuses its options.
+    """
+    model = model.clone()
+    records: list[Record] = []
+    for pass_ in passes:
+        if started is not None:
+            started(pass_.name)
+        begin = time.perf_counter()
+        if isinstance(pass_, CalibratedPass):
+            wants = pass_.wants(model)
+            if observer is not None and (statistics is None or statistics.missing(wants)):
+                statistics = observer(model, wants)
+            pass_ = dataclasses.replace(pass_, statistics=statistics)
+        result = pass_(model)
+        assert isinstance(result, Result)
+        seconds = time.perf_counter() - begin
+        records.append(
+            Record(
+                pass_.name,
+                options(pass_),
+                result.modified,
+                result.skips,
+                result.figures,
+                seconds,
+            )
+        )
+        if result.modified and observer is not None:
+            statistics = None
+    return Outcome(model, tuple(records), statistics)
+
+
+def options(pass_: Pass) -> dict[str, object]:
+    """The options of a pass by name, as a recipe spells them."""
+    fields = (f.name for f in dataclasses.fields(pass_) if f.name != "statistics")
+    return {name: getattr(pass_, name) for name in fields}

@@ -1,0 +1,207 @@
+"""Static quantization: QuantizeLinear/DequantizeLinear pairs from calibration statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress import targets
+from onnxcompress.contract import CalibratedPass, Histogram, Kind, Result, Want
+from onnxcompress.numerics.affine import RANGES, Affine, affine, quantize
+from onnxcompress.numerics.thresholds import clip_range
+from onnxcompress.operators import constant, data_inputs, output_range
+from onnxcompress.placement import Placement, absorbed_output, matches, place
+from onnxcompress.quantized_weights import WeightStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertQdq(CalibratedPass):
+    """Quantize weights and activations statically, so that kernels run on integers.
+
+    Before and after, for a convolution between two others::
+
+        x ─ Conv(W, b) ─ Relu ─ y        x_q ─ DQ ─ Conv(DQ(W_q), DQ(b_q)) ─ Relu ─ Q ─ y_q
+
+    q = saturate(round(x / scale) + zero_point). Activations take one scale a tensor from the
+    histogram observed by calibration, weights one scale an output channel, a bias int32 with
+    scale = scale_x · scale_w. A tensor with several consumers is quantized once. Operators that
+    only move values run on the integers and keep their parameters. A DequantizeLinear output
+    takes the name of the value that it stands for, so names and the graph's outputs survive.
+
+    Declines, with a line in the report: operators without an integer kernel on the target,
+    weights that are computed or that the caller may override, values that are not float32,
+    whatever `include` and `exclude` say. Bodies of If, Loop and Scan stay in float.
+
+    Not idempotent by itself (its own output has no float kernels left to quantize, so a second
+    run changes nothing).
+
+    Source: Jacob et al., Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference, 2018; ONNX QuantizeLinear, DequantizeLinear.
+    """
+
+    name: ClassVar[str] = "insert_qdq"
+
+    target: str = "cpu"
+    """Runtime whose kernels and schemes are aimed at."""
+    activations: Literal["uint8", "int8"] | None = None
+    """Type of activations; the target's own when None."""
+    method: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
+    """How an activation's range is chosen from its histogram."""
+    percentile: float = 99.999
+    """Share of values, in percent, that the range covers with method percentile."""
+    per_channel: bool = True
+    """One scale for each output channel of a weight instead of one for the whole tensor."""
+    include: tuple[str, ...] = ("*",)
+    """Node names or operator types to quantize; * and ? match."""
+    exclude: tuple[str, ...] = ()
+    """Node names or operator types to leave in float; * and ? match."""
+
+    def wants(self, model: ir.Model) -> Sequence[Want]:
+        return [Want(root.name or "", Kind.HISTOGRAM) for root in self._place(model).roots]
+
+    def call(self, model: ir.Model) -> Result:
+        plan = self._place(model)
+        if not plan.kernels:
+            return Result(model, modified=False, skips=tuple(plan.skips))
+        statistics = self.observed(model)
+        parameters = {
+            root: self._parameters(root, statistics.histogram(root.name or ""))
+            for root in plan.roots
+        }
+        target = targets.load(self.target)
+        weights = WeightStore(model.graph, target, per_channel=self.per_channel)
+        _Rewrite(model.graph, plan, parameters, weights).run()
+        figures = {"integer kernels": len(plan.kernels), "quantized values": len(plan.roots)}
+        return Result(model, modified=True, skips=tuple(plan.skips), figures=figures)
+
+    def _place(self, model: ir.Model) -> Placement:
+        def wanted(node: ir.Node) -> bool:
+            return matches(node, self.include) and not matches(node, self.exclude)
+
+        return place(model.graph, targets.load(self.target), wanted)
+
+    def _parameters(self, value: ir.Value, histogram: Histogram) -> Affine:
+        scheme = targets.load(self.target).activations
+        dtype = self.activations or scheme.dtype
+        qmin, qmax = RANGES[dtype]
+        low, high = clip_range(
+            histogram,
+            self.method,
+            qmin=qmin,
+            qmax=qmax,
+            symmetric=scheme.symmetric,
+            percentile=self.percentile,
+        )
+        producer = value.producer()
+        bounds = None if producer is None else output_range(producer)
+        if bounds is not None:
+            low, high = max(low, bounds[0]), min(high, bounds[1])
+        return affine(low, high, dtype, symmetric=scheme.symmetric)
+
+
+class _Rewrite:
+    """One application of a placement to a graph."""
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        plan: Placement,
+        parameters: Mapping[ir.Value, Affine],
+        weights: WeightStore,
+    ) -> None:
+        self.graph = graph
+        self.plan = plan
+        self.parameters = parameters
+        self.weights = weights
+        self.produced = {absorbed_output(node, weights.target) for node in plan.kernels}
+        self.move_roots = {node: plan.root(node.outputs[0]) for node in plan.moves}
+        self.names = {root: root.name or "" for root in plan.roots}
+
+    def run(self) -> None:
+        for node in self.plan.kernels:
+            data = data_inputs(node)[0]
+            self.weights.quantize_operands(node, self.parameters.get(self.plan.root(data)))
+        for root in self.plan.roots:
+            self._insert_pair(root)
+        for node in self.plan.moves:
+            self._move_integers(node)
+        self.weights.drop_unused()
+
+    def _insert_pair(self, root: ir.Value) -> None:
+        parameters = self.parameters[root]
+        users = list(root.uses())
+        constants = self.weights.parameters(root.name or "", parameters)
+        quantizer = ir.node("QuantizeLinear", [root, *constants])
+        integers = quantizer.outputs[0]
+        integers.name = self.weights.fresh(f"{root.name}_quantized")
+        integers.type = ir.TensorType(ir.DataType[parameters.dtype.upper()])
+        integers.shape = root.shape
+        quantizer.name = integers.name
+        producer = root.producer()
+        if producer is None:
+            self.graph.insert_before(self.graph[0], quantizer)
+        else:
+            self.graph.insert_after(producer, quantizer)
+        readers: list[tuple[ir.Node, int]] = []
+        for user, index in users:
+            if user in self.plan.moves and index == 0:
+                user.replace_input_with(index, integers)
+            elif root in self.produced or user in self.plan.kernels:
+                readers.append((user, index))
+        self._dequantize(root, integers, constants, readers, takes_name=root in self.produced)
+
+    def _move_integers(self, node: ir.Node) -> None:
+        root = self.move_roots[node]
+        parameters = self.parameters[root]
+        constants = self.weights.parameters(self.names[root], parameters)
+        source = node.inputs[0]
+        assert source is not None
+        if node.op_type == "Pad":
+            self._quantize_padding(node, parameters)
+        for value in node.outputs:
+            readers = [(u, i) for u, i in value.uses() if u not in self.plan.moves or i != 0]
+            value.type = source.type
+            self._dequantize(value, value, constants, readers, takes_name=True)
+
+    def _quantize_padding(self, node: ir.Node, parameters: Affine) -> None:
+        value = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        filler = np.zeros((), np.float32) if value is None else value.reshape(())
+        name = f"{node.outputs[0].name}_padding"
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        node.replace_input_with(2, self.weights.initializer(name, quantize(filler, parameters)))
+
+    def _dequantize(
+        self,
+        original: ir.Value,
+        integers: ir.Value,
+        constants: Sequence[ir.Value],
+        readers: Sequence[tuple[ir.Node, int]],
+        *,
+        takes_name: bool,
+    ) -> None:
+        """Give `readers` (and the graph's outputs) floats made from `integers`."""
+        exported = takes_name and original.is_graph_output()
+        if not readers and not exported:
+            return
+        dequantizer = ir.node("DequantizeLinear", [integers, *constants])
+        floats = dequantizer.outputs[0]
+        name = original.name or ""
+        if takes_name:
+            suffix = "quantized" if original is integers else "float"
+            original.name = self.weights.fresh(f"{name}_{suffix}")
+        floats.name = name if takes_name else self.weights.fresh(f"{name}_dequantized")
+        floats.type, floats.shape = ir.TensorType(ir.DataType.FLOAT), original.shape
+        dequantizer.name = f"{name}_dequantize"
+        producer = integers.producer()
+        assert producer is not None
+        self.graph.insert_after(producer, dequantizer)
+        for user, index in readers:
+            user.replace_input_with(index, floats)
+        if exported:
+            outputs = self.graph.outputs
+            outputs[:] = [floats if v is original else v for v in outputs]
