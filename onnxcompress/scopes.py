@@ -1,0 +1,59 @@
+"""What may be relied on about a value, given the graph that it lives in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+import onnx_ir as ir
+
+from onnxcompress.operators import constant_tensor
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The bodies of a control-flow node: the graphs that its attributes hold."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            yield from attribute.as_graphs()
+
+
+class Declared:
+    """The declared shapes of a model that hold on every run.
+
+    ONNX Runtime checks what is fed against the inputs' shapes. An intermediate shape is only a
+    note: where an input is dynamic it may have been taken with other inputs, and within a
+    subgraph a Loop may carry another shape every time.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._graph = model.graph
+        shapes = [v.shape for v in model.graph.inputs]
+        self._static = all(s is not None and s.is_static() for s in shapes)
+
+    def shape(self, value: ir.Value) -> ir.Shape | None:
+        """The shape of `value`, None where it cannot be relied on."""
+        tensor = constant_tensor(value)
+        if tensor is not None:
+            return ir.Shape(tensor.shape.numpy())
+        if value.graph is self._graph and (self._static or value.is_graph_input()):
+            return value.shape
+        return None
+
+
+class Names:
+    """The names of a main graph or function that mean another value in a scope within it."""
+
+    def __init__(self, root: ir.Graph | ir.Function) -> None:
+        seen: set[str | None] = set()
+        self._repeated: set[str | None] = set()
+        for graph in (root, *root.subgraphs()):
+            initializers = graph.initializers.values() if isinstance(graph, ir.Graph) else ()
+            outputs = chain.from_iterable(node.outputs for node in graph)
+            for value in dict.fromkeys(chain(graph.inputs, initializers, outputs)):
+                (self._repeated if value.name in seen else seen).add(value.name)
+
+    def reach(self, name: str | None, graph: ir.Graph | None, value: ir.Value) -> bool:
+        """Whether `name`, as defined in `graph`, means the same to all that read `value`."""
+        return name not in self._repeated or all(u.node.graph is graph for u in value.uses())
