@@ -1,0 +1,141 @@
+"""Recipes: an ordered list of passes with options, a target and gates, as a TOML file.
+
+    target = "cpu"
+
+    [gates]
+    top1_agreement = ">= 0.98"
+
+    [[passes]]
+    name = "insert_qdq"
+    activations = "uint8"
+
+Strict: an unknown key, pass, option or value is refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from onnxcompress import options
+from onnxcompress.contract import Pass
+from onnxcompress.errors import InputError, did_you_mean
+from onnxcompress.gates import Gate
+from onnxcompress.registry import Registry, installed
+
+_KEYS = ("target", "gates", "passes")
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a model, for which runtime, and what the result must hold."""
+
+    passes: tuple[Pass, ...] = ()
+    target: str = "cpu"
+    gates: tuple[Gate, ...] = ()
+
+    @classmethod
+    def from_toml(cls, path: str | Path, registry: Registry | None = None) -> Recipe:
+        """Read a recipe file.
+
+        Raises:
+            InputError: if it cannot be read or anything in it is unknown or of the wrong type.
+        """
+        path = Path(path)
+        try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise InputError(f"{path} is over 1 MiB: is it a recipe?")
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} cannot be read as a recipe: {error}") from error
+        return cls.from_text(text, str(path), registry)
+
+    @classmethod
+    def from_text(
+        cls, text: str, where: str = "recipe", registry: Registry | None = None
+    ) -> Recipe:
+        """Read a recipe from TOML text; `where` opens every complaint. Raises like `from_toml`."""
+        registry = registry or installed()
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{where} is not valid TOML: {error}") from error
+        for key in table:
+            if key not in _KEYS:
+                raise InputError(f"{where}: no key {key!r}{did_you_mean(key, _KEYS)}")
+        return cls(
+            _passes(table.get("passes", []), where, registry),
+            _target(table.get("target", "cpu"), where, registry),
+            _gates(table.get("gates", {}), where),
+        )
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, options at their defaults left out; reads back to an equal recipe."""
+        parts = [f"target = {_toml(self.target)}\n"]
+        if self.gates:
+            lines = (f"{g.metric} = {_toml(g.condition)}\n" for g in self.gates)
+            parts.append("[gates]\n" + "".join(lines))
+        for pass_ in self.passes:
+            table = {"name": pass_.name, **options.changed(pass_)}
+            parts.append("[[passes]]\n" + "".join(f"{k} = {_toml(v)}\n" for k, v in table.items()))
+        return "\n".join(parts)
+
+
+def _passes(tables: Any, where: str, registry: Registry) -> tuple[Pass, ...]:
+    if not isinstance(tables, list):
+        raise InputError(f"{where}: write each pass as a table [[passes]] with its name")
+    return tuple(
+        _pass(table, f"{where}: pass {i}", registry)
+        for i, table in enumerate(cast("list[Any]", tables), 1)
+    )
+
+
+def _pass(table: Any, where: str, registry: Registry) -> Pass:
+    if not isinstance(table, dict) or not isinstance(table.get("name"), str):  # pyright: ignore[reportUnknownMemberType]
+        raise InputError(f'{where} has no name: write name = "…" in its [[passes]]')
+    given = cast("Mapping[str, Any]", table)
+    try:
+        kind = registry.pass_class(given["name"])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    rest = {k: v for k, v in given.items() if k != "name"}
+    return options.build(kind, rest, f"{where} ({kind.name})")
+
+
+def _target(name: Any, where: str, registry: Registry) -> str:
+    if not isinstance(name, str):
+        raise InputError(f"{where}: target must be a string, not {name!r}")
+    try:
+        registry.target_file(name)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return name
+
+
+def _gates(table: Any, where: str) -> tuple[Gate, ...]:
+    if not isinstance(table, dict):
+        raise InputError(f'{where}: write gates as a table [gates] of metric = ">= bound"')
+    bounds = cast("dict[str, Any]", table)
+    for metric, condition in bounds.items():
+        if not isinstance(condition, str):
+            raise InputError(
+                f'{where}: gate {metric!r} must be a string such as ">= 0.98", not {condition!r}'
+            )
+    try:
+        return tuple(Gate.parse(f"{metric} {condition}") for metric, condition in bounds.items())
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _toml(value: Any) -> str:
+    """A bool, number, string or list of them as TOML, whose strings are JSON's but for DEL."""
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(v) for v in cast('list[Any]', value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)
