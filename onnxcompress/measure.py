@@ -95,8 +95,8 @@ def measure(
         inputs = Path(folder) / "feed.npz"
         arrays: dict[str, Any] = {_KEY + name: array for name, array in feed.items()}
         np.savez(inputs, **arrays)
-        command = [sys.executable, "-P", "-m", "onnxcompress.measure", str(path), "--feed", str(inputs)]
-        command += ["--threads", str(threads), "--seconds", str(seconds)]
+        command = [sys.executable, "-P", "-m", "onnxcompress.measure", "--feed", str(inputs)]
+        command += ["--threads", str(threads), "--seconds", str(seconds), "--", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"cannot measure {path}: {_last_line(done.stderr)}")

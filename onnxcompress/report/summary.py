@@ -1,0 +1,219 @@
+"""What a report says to people, in words and rows, for every way of showing it.
+
+Names in it come from models and are not trusted: `clean` takes out what could drive a terminal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from onnxcompress.contract import Figure, Skip
+from onnxcompress.numerics.decisions import Metric
+from onnxcompress.report import Report
+from onnxcompress.validate import OutputFigures
+
+_SAME = 0.005
+"""Relative difference below which two amounts are called the same."""
+_POINT = 0.01
+_EXAMPLES = 3
+
+
+class Verdict(StrEnum):
+    """How a row reads at a glance."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NEUTRAL = "neutral"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of "what you got"."""
+
+    label: str
+    before: str = ""
+    after: str
+    change: str = ""
+    verdict: Verdict = Verdict.NEUTRAL
+    ratio: float | None = None
+    """After over before, where both are amounts of one kind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipGroup:
+    """Sites that one pass declined for one reason."""
+
+    pass_name: str
+    reason: str
+    count: int
+    ops: str
+    """Operators by number: `3 Conv, 1 Gemm`."""
+    examples: str
+    """The first few nodes."""
+
+
+def headline(report: Report) -> str:
+    """The result in one sentence."""
+    if report.result is None:
+        return f"Nothing better than {clean(report.source.name)} came of it."
+    parts = [row.change for row in cost_rows(report)]
+    shares = [o.agreement for o in _compared(report) if o.agreement is not None]
+    parts += [f"{percent(min(shares))} the same decisions"] if shares else []
+    said = ", ".join(parts)
+    if report.validation and report.validation.failures:
+        said += "; unusable, see the failures"
+    return f"{clean(report.result.name)}: {said}"
+
+
+def cost_rows(report: Report) -> list[Row]:
+    """Size, latency and memory, as far as they were measured."""
+    found: list[Row] = []
+    source, result, measured = report.source, report.result, report.measured
+    if result and source.size:
+        words = ("smaller", "larger", "same size")
+        found.append(_cost("size", size(source.size), size(result.size),
+                           result.size / source.size, words))  # fmt: skip
+    if latency := measured.latency:
+        words = ("faster", "slower", "same speed")
+        sure = not latency.low <= 1 <= latency.high
+        found.append(_cost("latency", milliseconds(latency.original_ms),
+                           milliseconds(latency.candidate_ms),
+                           latency.ratio, words, sure=sure))  # fmt: skip
+    if measured.source and measured.result and measured.source.peak_memory > 0:
+        before, after = measured.source.peak_memory, measured.result.peak_memory
+        words = ("less memory", "more memory", "same memory")
+        found.append(_cost("peak memory", size(before), size(after), after / before, words))
+    return found
+
+
+def quality_rows(report: Report) -> list[Row]:
+    """Score, agreement and SQNR of every output that was compared."""
+    outputs = _compared(report)
+    return [
+        row
+        for output in outputs
+        for row in _quality(output, f" of {clean(output.name)}" if len(outputs) > 1 else "")
+    ]
+
+
+def skip_groups(report: Report) -> list[SkipGroup]:
+    """What was declined, by pass and reason, most frequent first."""
+    groups: defaultdict[tuple[str, str], list[Skip]] = defaultdict(list)
+    for record in report.passes:
+        for skip in record.skips:
+            groups[record.name, skip.reason].append(skip)
+    found = [_skip_group(name, reason, skips) for (name, reason), skips in groups.items()]
+    return sorted(found, key=lambda group: -group.count)
+
+
+def passes_done(report: Report) -> list[tuple[str, str, int]]:
+    """Each pass: its name, what it did in words, how many sites it declined."""
+    return [
+        (record.name, _figures(record.figures.items(), record.modified), len(record.skips))
+        for record in report.passes
+    ]
+
+
+def clean(text: str) -> str:
+    """`text` with every unprintable character (such as ESC) replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.{2 if count < 10 * scale else 1}f} {unit}"
+    return f"{count} B"
+
+
+def milliseconds(value: float) -> str:
+    """A time as people read it."""
+    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
+
+
+def percent(share: float) -> str:
+    """A share of one, never rounded up to the whole."""
+    return "100 %" if share == 1 else f"{100 * min(share, 0.999):.1f} %"
+
+
+def decibels(value: float) -> str:
+    """An SQNR; an infinite one is no error at all."""
+    return "exact" if value == math.inf else f"{value:.1f} dB"
+
+
+def _compared(report: Report) -> list[OutputFigures]:
+    outputs = report.validation.outputs if report.validation else ()
+    return [output for output in outputs if not output.skipped]
+
+
+def _cost(
+    label: str,
+    before: str,
+    after: str,
+    ratio: float,
+    words: tuple[str, str, str],
+    *,
+    sure: bool = True,
+) -> Row:
+    less, more, same = words
+    change, verdict = same, Verdict.NEUTRAL
+    if sure and abs(ratio - 1) >= _SAME:
+        better = ratio < 1
+        times = 1 / max(ratio, 1e-9) if better else ratio
+        change = f"{times:.2f}x {less if better else more}"
+        verdict = Verdict.BETTER if better else Verdict.WORSE
+    return Row(label=label, before=before, after=after, change=change, verdict=verdict, ratio=ratio)
+
+
+def _quality(output: OutputFigures, of: str) -> list[Row]:
+    found: list[Row] = []
+    if score := output.score:
+        found.append(_accuracy(output, of) if score.metric is Metric.ACCURACY else
+                     Row(label=f"RMSE{of}", before=f"{score.original:.4g}",
+                         after=f"{score.candidate:.4g}"))  # fmt: skip
+    if output.agreement is not None:
+        found.append(Row(label=f"same decisions{of}", after=percent(output.agreement)))
+    if output.sqnr is not None:
+        broken = Verdict.WORSE if output.broken else Verdict.NEUTRAL
+        found.append(Row(label=f"SQNR{of}", after=decibels(output.sqnr), verdict=broken))
+    return found
+
+
+def _accuracy(output: OutputFigures, of: str) -> Row:
+    assert output.score
+    before, after = output.score.original, output.score.candidate
+    gain = after - before
+    verdict = Verdict.WORSE if gain < -_POINT else Verdict.BETTER if gain > 0 else Verdict.NEUTRAL
+    return Row(
+        label=f"accuracy{of}",
+        before=f"{100 * before:.2f} %",
+        after=f"{100 * after:.2f} %",
+        change=f"{100 * gain:+.2f} points" if gain else "the same",
+        verdict=verdict,
+    )
+
+
+def _skip_group(pass_name: str, reason: str, skips: list[Skip]) -> SkipGroup:
+    ops = Counter(skip.op for skip in skips)
+    nodes = [clean(skip.node) for skip in skips[:_EXAMPLES]]
+    return SkipGroup(
+        pass_name=pass_name,
+        reason=clean(reason),
+        count=len(skips),
+        ops=", ".join(f"{count} {clean(op)}" for op, count in ops.most_common()),
+        examples=", ".join(nodes) + (", …" if len(skips) > _EXAMPLES else ""),
+    )
+
+
+def _figures(figures: Iterable[tuple[str, Figure]], modified: bool) -> str:
+    said = ", ".join(f"{name.replace('_', ' ')} {_figure(value)}" for name, value in figures)
+    return clean(said) or ("changed the graph" if modified else "found nothing to do")
+
+
+def _figure(value: Figure) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,124 @@
+"""Shows a report in a terminal: what you got first, then how."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from onnxcompress.report import Report
+from onnxcompress.report.summary import (
+    Row,
+    Verdict,
+    clean,
+    cost_rows,
+    decibels,
+    headline,
+    passes_done,
+    percent,
+    quality_rows,
+    skip_groups,
+)
+
+_STYLES = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.NEUTRAL: ""}
+_WORST_LAYERS = 8
+
+
+def show(report: Report, console: Console, *, details: bool = True) -> None:
+    """Print `report`.
+
+    Args:
+        console: where to; people's text goes to stderr by the house's rule.
+        details: also the passes, the outputs, the layers and what was declined.
+    """
+    console.print(Text(headline(report), style="bold"))
+    results = [*cost_rows(report), *quality_rows(report)]
+    if results:
+        console.print(_results(results))
+    _show_verdicts(report, console)
+    if details:
+        for table in (_outputs(report), _layers(report), _passes(report), _skips(report)):
+            if table.row_count:
+                console.print(table)
+    for note in report.notes:
+        console.print(Text(f"note: {clean(note)}", style="dim"))
+
+
+def _show_verdicts(report: Report, console: Console) -> None:
+    for attempt in report.attempts:
+        kept = "kept" if attempt.kept else "not kept"
+        line = f"tried {clean(attempt.scheme)}: {kept}, because {clean(attempt.because)}"
+        console.print(Text(line))
+    for gate in report.gates:
+        mark, style = ("met", "green") if gate.passed else ("NOT MET", "red")
+        console.print(Text(f"gate {mark}: {clean(gate.reason)}", style=style))
+    failures = report.validation.failures if report.validation else ()
+    for failure in failures:
+        console.print(Text(f"failure: {clean(failure)}", style="bold red"))
+    told = report.validation.warnings if report.validation else ()
+    for warning in (*report.warnings, *told):
+        console.print(Text(f"warning: {clean(warning)}", style="yellow"))
+
+
+def _results(rows: list[Row]) -> Table:
+    table = _table("", "", "before", "after", "change", right=(1, 2))
+    for row in rows:
+        change = Text(row.change, style=_STYLES[row.verdict])
+        table.add_row(Text(row.label), Text(row.before), Text(row.after), change)
+    return table
+
+
+def _outputs(report: Report) -> Table:
+    right = (1, 2, 3, 4, 5, 6)
+    k = f"top {report.validation.top_k}" if report.validation else ""
+    table = _table(
+        "outputs", "output", "SQNR", "cosine", "max error", "relative", "agree", k, right=right
+    )
+    for output in report.validation.outputs if report.validation else ():
+        name = Text(clean(output.name))
+        if output.skipped or output.sqnr is None:
+            table.add_row(name, Text(clean(output.skipped), style="dim"))
+            continue
+        figures = [decibels(output.sqnr), f"{output.cosine or 0:.6f}"]
+        figures += [f"{output.max_error or 0:.3g}", f"{output.max_relative or 0:.3g}"]
+        figures += [_share(output.agreement), _share(output.agreement_top_k)]
+        table.add_row(name, *map(Text, figures))
+    return table
+
+
+def _layers(report: Report) -> Table:
+    table = _table(
+        "where the error enters", "tensor", "operator", "SQNR", "before it", "noise added",
+        right=(2, 3, 4),
+    )  # fmt: skip
+    for layer in report.validation.worst_layers(_WORST_LAYERS) if report.validation else ():
+        figures = (decibels(layer.sqnr), decibels(layer.upstream), f"{100 * layer.added:.3g} %")
+        table.add_row(Text(clean(layer.tensor)), Text(clean(layer.op)), *map(Text, figures))
+    return table
+
+
+def _passes(report: Report) -> Table:
+    table = _table("passes", "pass", "what it did", "declined", right=(2,))
+    for name, done, declined in passes_done(report):
+        table.add_row(Text(name), Text(done), Text(str(declined) if declined else ""))
+    return table
+
+
+def _skips(report: Report) -> Table:
+    table = _table("left alone", "pass", "sites", "why", "operators", "such as", right=(1,))
+    for group in skip_groups(report):
+        texts = (group.pass_name, str(group.count), group.reason, group.ops, group.examples)
+        table.add_row(*map(Text, texts))
+    return table
+
+
+def _table(title: str, *columns: str, right: tuple[int, ...] = ()) -> Table:
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=None)
+    for i, column in enumerate(columns):
+        justify = "right" if i in right else "left"
+        table.add_column(column, justify=justify, header_style="dim", overflow="fold")
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else percent(value)
