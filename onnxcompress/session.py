@@ -7,6 +7,8 @@ model came from a file) are passed beside it. Models over 2 GB run this way too.
 
 from __future__ import annotations
 
+import ctypes
+import math
 import re
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
@@ -75,6 +77,8 @@ class Session:
         self._session, self._weights = _start(model, outputs, options, self._title)
         self._run_options = ort.RunOptions()
         self._run_options.log_severity_level = options.log_severity_level
+        ports = (*self._session.get_inputs(), *self._session.get_outputs())
+        self._foreign = any(port.type in _FOREIGN for port in ports)
         self.inputs: tuple[str, ...] = tuple(v.name for v in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(v.name for v in self._session.get_outputs())
 
@@ -85,60 +89,13 @@ class Session:
             InputError: if the feed does not fit the model or an operator fails on it.
         """
         with _one_sentence(f"cannot run {self._title}"):
-            arrays = self._session.run(list(self.outputs), dict(feed), self._run_options)
+            if self._foreign:
+                values = {name: _to_ort(array) for name, array in feed.items()}
+                found = self._session.run_with_ort_values(self.outputs, values, self._run_options)
+                arrays = [_from_ort(value) for value in found]
+            else:
+                arrays = self._session.run(self.outputs, dict(feed), self._run_options)
         return dict(zip(self.outputs, arrays, strict=True))
-
-    def bind(self) -> Binding:
-        """Buffers for the outputs, to be used again from run to run."""
-        return Binding(self)
-
-
-class Binding:
-    """One set of output buffers of a session; `run` overwrites what it returned before."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._binding = session._session.io_binding()  # pyright: ignore[reportPrivateUsage]
-        self._shapes: object = None
-        self._buffers: list[Any] = []
-
-    def run(self, feed: Feed) -> dict[str, Array]:
-        """As `Session.run`, but the arrays are views that are valid until the next call.
-
-        Buffers are kept while the shapes of the feed stay the same; an output whose shape
-        follows the data makes ONNX Runtime refuse them, and they are then allocated anew.
-        """
-        shapes = {name: np.shape(array) for name, array in feed.items()}
-        reuse = shapes == self._shapes
-        with _one_sentence(f"cannot run {self._session._title}"):  # pyright: ignore[reportPrivateUsage]
-            self._bind(feed, reuse)
-            try:
-                self._execute()
-            except Exception:
-                if not reuse:
-                    raise
-                self._bind(feed, reuse=False)
-                self._execute()
-            if not reuse:
-                self._buffers = list(self._binding.get_outputs())
-                self._shapes = shapes
-        arrays = (buffer.numpy() for buffer in self._binding.get_outputs())
-        return dict(zip(self._session.outputs, arrays, strict=True))
-
-    def _bind(self, feed: Feed, reuse: bool) -> None:
-        self._binding.clear_binding_inputs()
-        for name, array in feed.items():
-            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        if reuse:
-            return
-        self._binding.clear_binding_outputs()
-        self._buffers = []
-        for name in self._session.outputs:
-            self._binding.bind_output(name)
-
-    def _execute(self) -> None:
-        session = self._session
-        session._session.run_with_iobinding(self._binding, session._run_options)  # pyright: ignore[reportPrivateUsage]
 
 
 def optimized_model(model: ir.Model | Path, *, optimization: Optimization = "all") -> ir.Model:
@@ -226,6 +183,30 @@ def _share_weights(graph: ir.Graph) -> dict[str, Any]:
 _INLINE = {ir.DataType.STRING, ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.FLOAT4E2M1} | {
     ir.DataType[name] for name in ("INT2", "UINT2") if name in ir.DataType.__members__
 }
+
+
+# Tensors that ONNX Runtime does not turn into arrays by itself.
+_FOREIGN = {"tensor(bfloat16)"} | {
+    f"tensor(float8e{kind})" for kind in ("4m3fn", "4m3fnuz", "5m2", "5m2fnuz")
+}
+
+
+def _to_ort(array: Any) -> Any:
+    array = np.ascontiguousarray(array)
+    if array.dtype.kind != "V":
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    kind = int(ir.DataType.from_numpy(array.dtype))
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
+
+
+def _from_ort(value: Any) -> Any:
+    if not value.is_tensor() or value.data_type() not in _FOREIGN:
+        return value.numpy()
+    dtype = ir.DataType(value.element_type()).numpy()
+    shape: list[int] = value.shape()
+    size = math.prod(shape) * dtype.itemsize
+    content = ctypes.string_at(value.data_ptr(), size)
+    return np.frombuffer(content, dtype).reshape(shape)
 
 
 @contextmanager

@@ -43,7 +43,8 @@ class RangeFreeHistogram:
         """The histogram of every element of `array` (any shape; real, finite numbers).
 
         Raises:
-            ValueError: if an element is NaN or infinite.
+            FloatingPointError: if an element is NaN.
+            ValueError: if one is infinite.
         """
         flat = as_float32(array)
         minimum, maximum = extremes(flat)
@@ -112,7 +113,8 @@ class HistogramBuilder:
         """Count an array (any shape; real, finite numbers).
 
         Raises:
-            ValueError: if an element is NaN or infinite; nothing is counted then.
+            FloatingPointError: if an element is NaN; nothing is counted then.
+            ValueError: if one is infinite; likewise.
         """
         if not array.size:
             return
@@ -162,15 +164,17 @@ def extremes(flat: npt.NDArray[np.float32]) -> tuple[float, float]:
     """Minimum and maximum; inf and -inf of nothing.
 
     Raises:
-        ValueError: if an element is NaN or infinite.
+        FloatingPointError: if an element is NaN.
+        ValueError: if one is infinite.
     """
     if not flat.size:
         return math.inf, -math.inf
     # Adding zero makes -0 into 0, which numpy's minimum does not tell apart.
     minimum, maximum = float(flat.min()) + 0.0, float(flat.max()) + 0.0
-    if not (math.isfinite(minimum) and math.isfinite(maximum)):
-        what = "NaN" if math.isnan(minimum) else "infinite"
-        raise ValueError(f"an element is {what}")
+    if math.isnan(minimum):
+        raise FloatingPointError("an element is NaN")
+    if math.isinf(minimum) or math.isinf(maximum):
+        raise ValueError("an element is infinite")
     return minimum, maximum
 
 

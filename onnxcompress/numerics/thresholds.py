@@ -141,7 +141,7 @@ def _least_error(x: Array, counts: Array, full: Range, steps: int, symmetric: bo
 def _around(grid: Array, best: int) -> Array:
     """A finer grid between the neighbours of the best, which stays in it."""
     first, last = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    finer: Array = np.linspace(first, last, _GRID // 2)
+    finer: Array = np.linspace(float(first), float(last), _GRID // 2)
     return np.union1d(finer, grid[best : best + 1])
 
 

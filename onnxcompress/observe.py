@@ -1,0 +1,290 @@
+"""Taps: runs a model over data and keeps, of the values wanted, small statistics that merge.
+
+Values of the main graph become outputs of the session. Feeds run side by side, one core each,
+and each is observed by the thread that ran it, while its values are still in the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    as_completed,
+    wait,
+)
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxcompress.contract import Array, Kind, Want
+from onnxcompress.errors import InputError
+from onnxcompress.numerics.exact_sum import ExactSum
+from onnxcompress.numerics.histogram import HistogramBuilder
+from onnxcompress.observations import ChannelRange, Kept, Observations, merge_all
+from onnxcompress.session import Feed, Session
+
+__all__ = ["Observations", "Progress", "observe"]
+
+Progress = Callable[[int, int | None], None]
+"""Called with the feeds done and how many there are, if that is known."""
+
+_T = TypeVar("_T")
+_NO_DATA = "there is no data to calibrate with: give at least one feed"
+_WORKERS = 8
+_SHARD = 8
+_SHARDS_IN_FLIGHT = 32
+
+
+def observe(
+    model: ir.Model,
+    feeds: Iterable[Feed],
+    wants: Sequence[Want],
+    *,
+    total: int | None = None,
+    progress: Progress | None = None,
+    executor: Executor | None = None,
+) -> Observations:
+    """Run `model` on every feed and keep what is wanted.
+
+    What cannot be observed (a value inside the body of an If, Loop or Scan or that is no tensor
+    of numbers, an infinite element) is left out, and `Observations.reasons` says why. The result
+    does not depend on the executor, nor on the order of the feeds.
+
+    Args:
+        model: not altered. Initializers are observed once, whatever the number of feeds.
+        feeds: arrays by input name, of any batch size; at most a few are held at a time.
+        total: how many feeds there are, for `progress`.
+        executor: runs shards of the feeds, in other processes or machines if it likes. Threads
+            of this process when None.
+
+    Raises:
+        InputError: if there are no feeds, a value is NaN, or the model does not run.
+    """
+    plan = _plan(model, wants)
+    progress = progress or _silent
+    if executor is None:
+        found = _observe_here(model, feeds, plan, total, progress)
+    else:
+        found = _observe_elsewhere(model, feeds, plan, total, progress, executor)
+    return plan.known.merge(found)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where each wanted value comes from."""
+
+    inputs: tuple[Want, ...]
+    taps: tuple[Want, ...]
+    known: Observations
+    """Initializers, and the reasons of what cannot be observed."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(want.value for want in self.taps))
+
+
+def _plan(model: ir.Model, wants: Sequence[Want]) -> _Plan:
+    initializers = model.graph.initializers
+    inputs = {v.name for v in model.graph.inputs} - set(initializers)
+    produced = {v.name for node in model.graph for v in node.outputs}
+    constants = _Shard([])
+    fed: list[Want] = []
+    taps: list[Want] = []
+    for want in dict.fromkeys(wants):
+        if want.kind is not Kind.HISTOGRAM and want.axis is None:
+            raise InputError(f"the {want.kind} of {want.value!r} needs an axis")
+        if want.value in inputs:
+            fed.append(want)
+        elif want.value in produced:
+            taps.append(want)
+        elif want.value in initializers and initializers[want.value].const_value is not None:
+            tensor = initializers[want.value].const_value
+            assert tensor is not None
+            constants.observe(want, tensor.numpy(), "the model")
+        else:
+            constants.reasons[want] = "it is not a value of the main graph"
+    return _Plan(tuple(fed), tuple(taps), constants.build())
+
+
+class _Shard:
+    """Observers that one thread at a time feeds."""
+
+    def __init__(self, wants: Iterable[Want]) -> None:
+        self._by_value: defaultdict[str, list[Want]] = defaultdict(list)
+        for want in wants:
+            self._by_value[want.value].append(want)
+        self._kept: dict[Want, Any] = {}
+        self.reasons: dict[Want, str] = {}
+
+    def add(self, values: Mapping[str, Any], where: str) -> None:
+        """Observe the wanted ones of `values`."""
+        for value, wants in self._by_value.items():
+            for want in wants:
+                if value in values and want not in self.reasons:
+                    self.observe(want, values[value], where)
+
+    def observe(self, want: Want, array: Any, where: str) -> None:
+        try:
+            self._observe(want, _numbers(array))
+        except FloatingPointError as error:
+            raise InputError(
+                f"{want.value!r} holds NaN in {where}: check the data and the model"
+            ) from error
+        except ValueError as error:
+            self.reasons[want] = str(error)
+
+    def _observe(self, want: Want, array: Array) -> None:
+        if want.kind is Kind.HISTOGRAM:
+            self._kept.setdefault(want, HistogramBuilder()).add(array)
+        elif array.size:
+            kind = ChannelRange if want.kind is Kind.CHANNEL_RANGE else ExactSum
+            found = kind.of(_channels(array, want.axis or 0))
+            self._kept[want] = self._kept[want].merge(found) if want in self._kept else found
+
+    def build(self) -> Observations:
+        kept: dict[Want, Kept] = {
+            want: found.build() if isinstance(found, HistogramBuilder) else found
+            for want, found in self._kept.items()
+        }
+        return Observations(kept, self.reasons).merge(Observations())
+
+
+def _numbers(value: Any) -> Array:
+    if not isinstance(value, np.ndarray):
+        raise ValueError("it is not a tensor")
+    array = cast(Array, value)
+    if not np.can_cast(array.dtype, np.float32, "same_kind"):
+        raise ValueError("it does not hold real numbers")
+    return array
+
+
+def _channels(array: Array, axis: int) -> Array:
+    """As float32 [m, channels, k]."""
+    if not -array.ndim <= axis < array.ndim:
+        raise ValueError(f"it has no axis {axis}")
+    axis %= array.ndim
+    before = int(np.prod(array.shape[:axis]))
+    return array.astype(np.float32, copy=False).reshape(before, array.shape[axis], -1)
+
+
+def _observe_here(
+    model: ir.Model, feeds: Iterable[Feed], plan: _Plan, total: int | None, progress: Progress
+) -> Observations:
+    cores = _cores()
+    workers = max(1, min(cores, _WORKERS, cores if total is None else total))
+    session = _session(model, plan.outputs, cores // workers)
+    shards = [_Shard(plan.inputs + plan.taps) for _ in range(workers)]
+    idle: queue.SimpleQueue[_Shard] = queue.SimpleQueue()
+    for shard in shards:
+        idle.put(shard)
+
+    def run(number: int, feed: Feed) -> None:
+        shard = idle.get()
+        try:
+            _run(session, number, feed, shard)
+        finally:
+            idle.put(shard)
+
+    with ThreadPoolExecutor(workers) as pool:
+        done = 0
+        futures = (pool.submit(run, number, feed) for number, feed in enumerate(feeds))
+        # One feed more than run, so that none of the workers waits for data.
+        for _ in _in_flight(futures, workers + 1):
+            done += 1
+            progress(done, total)
+    if not done:
+        raise InputError(_NO_DATA)
+    return merge_all([shard.build() for shard in shards])
+
+
+def _observe_elsewhere(
+    model: ir.Model,
+    feeds: Iterable[Feed],
+    plan: _Plan,
+    total: int | None,
+    progress: Progress,
+    executor: Executor,
+) -> Observations:
+    try:
+        content = ir.to_proto(model).SerializeToString()
+    except ValueError as error:
+        raise InputError(
+            "the model is too large to send to an executor: calibrate it in this process"
+        ) from error
+
+    def run(shard: tuple[int, tuple[Feed, ...]]) -> Future[tuple[int, Observations]]:
+        return executor.submit(_observe_shard, content, plan, *shard)
+
+    shards, done = [Observations()], 0
+    for size, found in _in_flight(map(run, _shards(feeds)), _SHARDS_IN_FLIGHT):
+        shards.append(found)
+        done += size
+        progress(done, total)
+    if not done:
+        raise InputError(_NO_DATA)
+    return merge_all(shards)
+
+
+def _shards(feeds: Iterable[Feed]) -> Generator[tuple[int, tuple[Feed, ...]]]:
+    """A few feeds at a time, with the number of the first."""
+    rest, first = iter(feeds), 0
+    while shard := tuple(islice(rest, _SHARD)):
+        yield first, shard
+        first += len(shard)
+
+
+def _observe_shard(
+    content: bytes, plan: _Plan, first: int, feeds: Sequence[Feed]
+) -> tuple[int, Observations]:
+    session = _cached_session(content, plan.outputs)
+    shard = _Shard(plan.inputs + plan.taps)
+    for number, feed in enumerate(feeds, first):
+        _run(session, number, feed, shard)
+    return len(feeds), shard.build()
+
+
+@lru_cache(maxsize=1)
+def _cached_session(content: bytes, outputs: tuple[str, ...]) -> Session | None:
+    return _session(ir.from_proto(onnx.ModelProto.FromString(content)), outputs, threads=1)
+
+
+def _session(model: ir.Model, outputs: tuple[str, ...], threads: int) -> Session | None:
+    """None where only inputs are wanted, so that nothing has to run."""
+    return Session(model, outputs=outputs, threads=threads, spinning=False) if outputs else None
+
+
+def _run(session: Session | None, number: int, feed: Feed, shard: _Shard) -> None:
+    values = session.run(feed) if session is not None else {}
+    shard.add({**feed, **values}, f"feed {number}")
+
+
+def _in_flight(futures: Iterable[Future[_T]], most: int) -> Generator[_T]:
+    """Results as they come, drawing on `futures` only while less than `most` are under way."""
+    running: set[Future[_T]] = set()
+    for future in futures:
+        running.add(future)
+        if len(running) >= most:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (each.result() for each in done)
+    yield from (each.result() for each in as_completed(running))
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _silent(done: int, total: int | None) -> None:
+    pass
