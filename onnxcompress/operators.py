@@ -41,6 +41,8 @@ class Operator:
     data: tuple[int, ...] | None = (0,)
     """Inputs whose values flow to the output; None: all of them."""
     weight: int | None = None
+    recurrent: int | None = None
+    """The weight that multiplies the node's own earlier output."""
     bias: int | None = None
     out_axis: int | None = None
     """Axis of the weight that holds the output channels."""
@@ -65,9 +67,9 @@ _CONTRACT: Final = {
     "MatMul": Operator(
         role=Role.CONTRACT, data=(0, 1), weight=1, out_axis=-1, in_axis=-2, channel_axis=-1
     ),
-    "LSTM": Operator(role=Role.CONTRACT, weight=1, bias=3),
-    "GRU": Operator(role=Role.CONTRACT, weight=1, bias=3),
-    "RNN": Operator(role=Role.CONTRACT, weight=1, bias=3),
+    "LSTM": Operator(role=Role.CONTRACT, weight=1, recurrent=2, bias=3),
+    "GRU": Operator(role=Role.CONTRACT, weight=1, recurrent=2, bias=3),
+    "RNN": Operator(role=Role.CONTRACT, weight=1, recurrent=2, bias=3),
     "Einsum": Operator(role=Role.CONTRACT, data=None),
 }
 
@@ -154,6 +156,13 @@ def data_inputs(node: ir.Node) -> list[ir.Value]:
     return [v for i in indices if i < len(node.inputs) and (v := node.inputs[i]) is not None]
 
 
+def weight_inputs(node: ir.Node) -> list[ir.Value]:
+    """What the node multiplies its data by: its weight, and a recurrent node's second one."""
+    row = operator(node)
+    indices = (i for i in (row.weight, row.recurrent) if i is not None and i < len(node.inputs))
+    return [v for i in indices if (v := node.inputs[i]) is not None]
+
+
 def out_axis(node: ir.Node, rank: int) -> int | None:
     """Axis of the weight (of `rank` dimensions) that holds output channels, counted from the left.
 
@@ -218,10 +227,21 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     if producer is None:
         return value.const_value if value.is_initializer() and not value.is_graph_input() else None
     if producer.op_type == "Constant" and producer.domain in DEFAULT_DOMAINS:
-        attribute = producer.attributes.get("value")
-        if attribute is not None and not attribute.is_ref():
+        return _given_tensor(producer) or value.const_value
+    return None
+
+
+def _given_tensor(constant: ir.Node) -> ir.TensorProtocol | None:
+    """The tensor of a Constant node, in any of the forms that it may be given in."""
+    for name, attribute in constant.attributes.items():
+        if attribute.is_ref():
+            return None
+        if name == "value":
             return attribute.as_tensor()
-        return value.const_value
+        if name in ("value_float", "value_floats"):
+            return ir.Tensor(np.asarray(attribute.value, np.float32))
+        if name in ("value_int", "value_ints"):
+            return ir.Tensor(np.asarray(attribute.value, np.int64))
     return None
 
 
