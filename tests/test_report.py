@@ -26,7 +26,7 @@ from onnxcompress.numerics.decisions import Metric, Score
 from onnxcompress.pipeline import Record
 from onnxcompress.report import Attempt, Measured, ModelFile, Report, check, to_json
 from onnxcompress.report.gating import READERS
-from onnxcompress.report.html import render
+from onnxcompress.report.html import layer_chart, render
 from onnxcompress.report.summary import (
     Verdict,
     clean,
@@ -291,9 +291,27 @@ def test_the_page_is_the_same_twice_and_bears_an_empty_report():
     )
 
 
-def test_the_chart_has_a_bar_for_every_layer():
-    html = render(report())
-    assert html.count('class="bar') >= 3 and "exact" in html
+def test_the_chart_shows_every_layer_and_marks_the_worst():
+    chart = layer_chart(validation().layers)
+    assert [bar.kind for bar in chart.bars] == ["exact", "worst", "worst"]
+    assert [bar.height for bar in chart.bars] == [100, 77.5, 50] and chart.top == 40
+    assert "adds 0.92 % noise" in chart.bars[2].title
+    assert render(report()).count('<rect class="bar') == len(chart.bars) + 3, "and the legend"
+
+
+def test_the_chart_of_very_many_layers_shows_the_worst_of_neighbours():
+    many = [layer(f"t{i}", 40.0) for i in range(1000)]
+    many[501] = layer("bad", 3.0, 40.0, 0.5)
+    chart = layer_chart(many)
+    (bad,) = (bar for bar in chart.bars if bar.kind == "worst")
+    assert len(chart.bars) <= 400 and bad.title.startswith("bad (Conv): 3.0 dB")
+    assert all(bar.x >= 0 and bar.x + bar.width <= 100 for bar in chart.bars)
+
+
+@pytest.mark.parametrize("sqnr", [math.inf, -math.inf, -20.0, 500.0])
+def test_no_bar_leaves_the_chart(sqnr: float):
+    (bar,) = layer_chart([layer("a", sqnr)]).bars
+    assert 0 < bar.height <= 100
 
 
 def test_without_jinja2_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ Text is escaped by the template; this module works out the charts' geometry.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from onnxcompress.report import Report
 from onnxcompress.report import summary as say
 
 _WORST_LAYERS = 10
+_MOST_BARS = 400
 _LOWEST_TOP, _HIGHEST_TOP, _STEP = 30, 80, 10
 """dB: the chart's upper end lies between the first two, in whole steps."""
 
@@ -75,28 +77,33 @@ def render(report: Report) -> str:
 
 
 def layer_chart(layers: Sequence[Layer]) -> Chart:
-    """Bars of the layers' SQNR; what is above the upper end is cut there."""
+    """Bars of the layers' SQNR; what is above the upper end is cut there.
+
+    Of very many layers each bar shows the worst of a few neighbours.
+    """
     finite = [layer.sqnr for layer in layers if math.isfinite(layer.sqnr)]
     highest = _STEP * math.ceil(max(finite, default=0.0) / _STEP)
     top = min(_HIGHEST_TOP, max(_LOWEST_TOP, highest))
-    ranked = sorted(range(len(layers)), key=lambda i: -layers[i].added)[:_WORST_LAYERS]
-    worst = {i for i in ranked if layers[i].added > 0}
-    width = 100 / len(layers)
-    bars = (_bar(layer, i, width, top, i in worst) for i, layer in enumerate(layers))
+    noisy = heapq.nlargest(_WORST_LAYERS, layers, key=lambda layer: layer.added)
+    worst = {layer.tensor for layer in noisy if layer.added > 0}
+    step = math.ceil(len(layers) / _MOST_BARS)
+    groups = [layers[i : i + step] for i in range(0, len(layers), step)]
+    bars = (_bar(group, i / len(groups), 1 / len(groups), top, worst)
+            for i, group in enumerate(groups))  # fmt: skip
     ticks = tuple(range(0, top + 1, _STEP if top <= 50 else 2 * _STEP))
     return Chart(top, ticks, tuple(bars))
 
 
-def _bar(layer: Layer, index: int, width: float, top: int, worst: bool) -> Bar:
-    exact = layer.sqnr == math.inf
-    share = min(max(layer.sqnr / top, 0.0), 1.0)
+def _bar(group: Sequence[Layer], start: float, width: float, top: int, worst: set[str]) -> Bar:
+    layer = next((x for x in group if x.tensor in worst), min(group, key=lambda x: x.sqnr))
     title = f"{say.clean(layer.tensor)} ({say.clean(layer.op)}): {say.decibels(layer.sqnr)}"
     if layer.added > 0:
         title += f", adds {100 * layer.added:.3g} % noise"
+    kind = "exact" if layer.sqnr == math.inf else "plain"
     return Bar(
-        x=round(index * width + 0.08 * width, 4),
-        width=round(0.84 * width, 4),
-        height=round(max(1.0, 100 * share), 3),
-        kind="exact" if exact else "worst" if worst else "plain",
+        x=round(100 * (start + 0.08 * width), 4),
+        width=round(84 * width, 4),
+        height=round(max(1.0, 100 * min(layer.sqnr / top, 1.0)), 3),
+        kind="worst" if layer.tensor in worst else kind,
         title=title,
     )

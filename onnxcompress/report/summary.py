@@ -62,7 +62,7 @@ def headline(report: Report) -> str:
         return f"Nothing better than {clean(report.source.name)} came of it."
     parts = [row.change for row in cost_rows(report)]
     shares = [o.agreement for o in _compared(report) if o.agreement is not None]
-    parts += [f"{percent(min(shares))} the same decisions"] if shares else []
+    parts += [f"{percent(min(shares))} of decisions the same"] if shares else []
     said = ", ".join(parts)
     if report.validation and report.validation.failures:
         said += "; unusable, see the failures"
