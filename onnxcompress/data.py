@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -90,6 +91,8 @@ class Data:
         first = next(self._items(), None)
         if first is None or "labels" not in first[1]:
             return None
+        if isinstance(self.source, Indexed) and self.source.span is not None:
+            return _labels(*self.source.span(self.start, self.start + len(self)))
         return np.concatenate([_labels(where, raw) for where, raw in self._items()])
 
     def batches(self, n: int) -> Iterator[Feed]:
@@ -100,7 +103,15 @@ class Data:
         """
         if n <= 1 or not batchable(self.ports):
             return iter(self)
+        if isinstance(self.source, Indexed) and self.source.span is not None:
+            return self._spans(self.source.span, n)
         return _joined(self, n, {p.name for p in self.ports if p.shape})
+
+    def _spans(self, span: Callable[[int, int], Item], n: int) -> Iterator[Feed]:
+        stop = self.start + len(self)
+        for i in range(self.start, stop, n):
+            where, raw = span(i, min(i + n, stop))
+            yield convert(raw, self.ports, where)
 
     def first(self, n: int) -> Data:
         """The first `n` feeds."""
@@ -203,11 +214,16 @@ def open_data(source: Any, ports: Sequence[Port], *, images: Images | None = Non
 def _open(source: Any, ports: tuple[Port, ...], images: Images | None) -> tuple[Source, str]:
     if isinstance(source, str | Path):
         path = Path(source)
-        if path.exists():
-            return _open_path(path, ports, images), str(path)
+        if os.path.lexists(path):
+            try:
+                return _open_path(path, ports, images), str(path)
+            except OSError as error:
+                raise InputError(f"{path} cannot be read: {error}") from error
         if isinstance(source, str) and ":" in source:
             return _from_object(_named_callable(source, ports), ports, source), source
-        raise InputError(f"{source} does not exist: give data as a path or 'module:callable'")
+        raise InputError(
+            f"{str(source)[:200]} does not exist: give data as a path or 'module:callable'"
+        )
     where = getattr(source, "__qualname__", type(source).__name__)
     return _from_object(source, ports, where), where
 

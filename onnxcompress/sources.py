@@ -45,10 +45,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Indexed:
-    """Feeds that are found by number."""
+    """Feeds found by number; `span` gives feeds i to j joined, where that costs no copy."""
 
     size: int
     get: Callable[[int], Item]
+    span: Callable[[int, int], Item] | None = None
     uniform: bool = False
     note: str = ""
 
@@ -179,13 +180,14 @@ def from_columns(arrays: Mapping[str, Any], ports: Sequence[Port], where: str) -
     note = f"the last {left} samples do not fill the model's batch and are not used" if left else ""
     source: dict[str, Any] = {}
 
-    def get(i: int) -> Item:
+    def span(i: int, j: int) -> Item:
         if not source:  # what cannot be mapped is read once, when the first feed is asked for
             source.update((name, opened(array)) for name, array in arrays.items())
-        feed = {name: _cut(np.asarray(source[name]), step, i) for name, step in steps.items()}
-        return f"{where}, sample {i}", feed
+        feed = {name: _cut(np.asarray(source[name]), step, i, j) for name, step in steps.items()}
+        return f"{where}, sample {i}" + (f" to {j - 1}" if j > i + 1 else ""), feed
 
-    return Indexed(size, get, uniform=True, note=note)
+    joinable = span if 0 not in steps.values() else None
+    return Indexed(size, lambda i: span(i, i + 1), joinable, uniform=True, note=note)
 
 
 def _check_column(port: Port, shape: tuple[int, ...], where: str) -> None:
@@ -239,10 +241,10 @@ def _steps(
     return steps, size, max((r % s for r, s in fixed.items()), default=0)
 
 
-def _cut(array: Array, step: int | None, i: int) -> Array:
+def _cut(array: Array, step: int | None, i: int, j: int) -> Array:
     if step is None:
         return array
-    return array[i] if step == 0 else array[i * step : (i + 1) * step]
+    return array[i] if step == 0 else array[i * step : j * step]
 
 
 def from_npz_folder(paths: Sequence[Path]) -> Indexed:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from onnxcompress.data import Data, Images, Port, interface, open_data
 from onnxcompress.errors import InputError
 from onnxcompress.sources import Once
 
+ZOO = Path(__file__).parents[2] / "shared" / "zoo"
 F32, I64, U8 = (np.dtype(t) for t in (np.float32, np.int64, np.uint8))
 ROW = (Port("x", F32, ("N", 3)),)
 PAIR = (Port("ids", I64, ("N", "T")), Port("mask", I64, ("N", "T")))
@@ -224,6 +226,26 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: Any, junk: bytes, npy: 
         list(open_data(path, ROW))
 
 
+@pytest.mark.zoo
+@pytest.mark.skipif(not ZOO.is_dir(), reason="no zoo beside the checkout")
+@pytest.mark.parametrize("name", ["silero_vad", "magika"])
+def test_feeds_of_real_models_run(tmp_path: Path, name: str):
+    with np.load(ZOO / name / "calib.npz") as stored:
+        arrays = {k: stored[k] for k in stored.files if k in ("input", "state", "bytes")}
+    if name == "magika":
+        arrays["bytes"] = arrays["bytes"].astype(np.int32)
+    else:
+        arrays = {k: v.astype(np.float32) for k, v in arrays.items()}
+        arrays["sr"] = np.array(16000)
+    model = ir.load(ZOO / name / "model.onnx")
+    data = open_data(saved(tmp_path / "d.npz", **arrays), interface(model))
+    session = onnxruntime.InferenceSession(ZOO / name / "model.onnx")
+    for feed in data.first(2):
+        assert all(np.isfinite(out).all() for out in session.run(None, feed))
+    joined = next(data.batches(4))
+    assert len(session.run(None, joined)[0]) == (4 if name == "magika" else 1)
+
+
 # --- checks against the model --------------------------------------------------------------------
 
 
@@ -272,6 +294,8 @@ def test_nan_later_in_the_data_is_found_when_it_is_reached():
     data = open_data({"x": x}, ROW)
     with pytest.raises(InputError, match="dict, sample 2: array 'x' holds NaN"):
         list(data)
+    with pytest.raises(InputError, match="dict, sample 0 to 2: array 'x' holds NaN"):
+        list(data.batches(3))
 
 
 def test_a_bad_feed_anywhere_in_a_list_or_folder_is_found_on_opening(tmp_path: Path):
@@ -288,6 +312,7 @@ def test_a_bad_feed_anywhere_in_a_list_or_folder_is_found_on_opening(tmp_path: P
     ("source", "complaint"),
     [
         ("nowhere.npz", "nowhere.npz does not exist"),
+        ("x" * 5000, "xxx does not exist"),
         ([], "list is empty"),
         (3, "int is no data"),
         ([3], "list, feed 0 is of type int: give a dict"),
@@ -315,10 +340,13 @@ def test_files_that_are_no_data(tmp_path: Path):
 # --- batches, parts, runs ------------------------------------------------------------------------
 
 
-@given(st.integers(1, 20), st.integers(1, 9))
-def test_batches_hold_all_rows_in_order(count: int, n: int):
-    batches = [b["x"] for b in open_data({"x": rows(count)}, ROW).batches(n)]
-    np.testing.assert_array_equal(np.concatenate(batches), rows(count))
+@given(st.integers(1, 20), st.integers(1, 9), st.sampled_from(["rows", "own axis", "list"]))
+def test_batches_hold_all_rows_in_order(count: int, n: int, kind: str):
+    x = rows(count)
+    sources: dict[str, Any] = {"rows": {"x": x}, "own axis": {"x": x[:, None]}}
+    source = sources.get(kind) or [{"x": x[i : i + 1]} for i in range(count)]
+    batches = [b["x"] for b in open_data(source, ROW).batches(n)]
+    np.testing.assert_array_equal(np.concatenate(batches), x)
     assert [len(b) for b in batches[:-1]] == [n] * (len(batches) - 1) and len(batches[-1]) <= n
 
 
