@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,8 @@ from onnxcompress.numerics.affine import (
     quantize,
     symmetric_per_channel,
 )
-from onnxcompress.numerics.saturation import PAIR_LIMIT, largest_pair_sum, trim_pairs
+from onnxcompress.numerics.rows import code_bounds, row_bounds, row_codes, row_scales
+from onnxcompress.numerics.saturation import trim_pairs
 from onnxcompress.operators import (
     constant,
     constant_tensor,
@@ -27,7 +29,7 @@ from onnxcompress.operators import (
 from onnxcompress.targets import Target
 
 _LARGEST_BIAS = 2.0**30
-_LAZY_BYTES = 1 << 24
+_LAZY_SIZE = 1 << 20
 _INT8_MAX = 127
 
 
@@ -90,11 +92,78 @@ class WeightStore:
             if value is not None and value in data_inputs(node) and constant_tensor(value):
                 self._replace(node, index, value, self._constant_parameters(value))
 
+    def matrices(
+        self, value: ir.Value, *, by_row: bool, factor: float = 1.0, keepdims: bool = False
+    ) -> tuple[ir.Value, ir.Value]:
+        """Integers (..., K, N) and scales of a constant stack of matrices, without zero points.
+
+        Args:
+            value: float32 (..., K, N), or (..., N, K) with `by_row`; N are output channels.
+            factor: what the constant is multiplied by first.
+            keepdims: scales are (..., 1, N), which broadcast against products, not (..., N). With
+                one scale a matrix, N is 1 and left out, respectively.
+        """
+        source, pairs = constant_tensor(value), self.target.bounds_pair_sums
+        assert source is not None
+
+        def rows() -> Array:
+            array = source.numpy() if by_row else np.swapaxes(source.numpy(), -1, -2)
+            return array if factor == 1 else array * np.float32(factor)
+
+        def columns() -> Array:
+            codes = row_codes(rows(), bounds, bound_pairs=pairs)
+            return np.ascontiguousarray(np.swapaxes(codes, -1, -2))
+
+        bounds = row_bounds(rows(), bound_pairs=pairs)
+        widest = bounds if self.per_channel else bounds.max(axis=-1, keepdims=True)
+        scales = row_scales(widest)
+        bounds = np.broadcast_to(widest, bounds.shape)
+        if keepdims:
+            scales = scales[..., None, :]
+        elif not self.per_channel:
+            scales = scales[..., 0]
+        shape = (*bounds.shape[:-1], rows().shape[-1], bounds.shape[-1])
+        return self._stored_once(
+            value, ("columns", by_row, factor, keepdims), columns, shape, scales
+        )
+
+    def table(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Integers (V, D) and scales (V, 1) of a constant table (V, D), float32."""
+        source = constant_tensor(value)
+        assert source is not None
+        bounds = row_bounds(source.numpy(), bound_pairs=False)
+
+        def codes() -> Array:
+            return row_codes(source.numpy(), bounds, bound_pairs=False)
+
+        shape = source.shape.numpy()
+        return self._stored_once(value, ("rows",), codes, shape, row_scales(bounds)[:, None])
+
+    def _stored_once(
+        self,
+        value: ir.Value,
+        how: tuple[object, ...],
+        codes: Callable[[], Array],
+        shape: Sequence[int],
+        scales: Array,
+    ) -> tuple[ir.Value, ir.Value]:
+        self._replaced[value] = None
+        name = value.name or "constant"
+        if (stored := self._shared.get((value, *how))) is None:
+            stored = self.initializer(f"{name}_quantized", _computed(codes, "int8", shape))
+            self._shared[(value, *how)] = stored
+            self._shared[(value, *how, "scale")] = self.initializer(f"{name}_scale", scales)
+        return stored, self._shared[(value, *how, "scale")]
+
     def drop_unused(self) -> None:
-        """Remove the float initializers that only quantized nodes used."""
+        """Remove the float constants that only quantized nodes used, wherever they stand."""
         for value in self._replaced:
-            if not value.uses() and not value.is_graph_output() and value.name is not None:
-                self.graph.initializers.pop(value.name, None)
+            if value.uses() or value.is_graph_output() or value.graph is None:
+                continue
+            if (producer := value.producer()) is not None:
+                value.graph.remove(producer)
+            elif value.name is not None:
+                value.graph.initializers.pop(value.name, None)
 
     def _quantize_weight(self, node: ir.Node, weight: ir.Value, data: Affine) -> None:
         row = operator(node)
@@ -121,9 +190,8 @@ class WeightStore:
             axis = None
         order = _kernel_order(node, weight.ndim)
         rows = _rows(weight, axis, order)
-        bound = np.abs(rows).max(axis=1, initial=0.0).astype(np.float64)
-        if order is not None and self.target.bounds_pair_sums:
-            bound = np.maximum(bound, largest_pair_sum(rows) * (_INT8_MAX / PAIR_LIMIT))
+        bounded = order is not None and self.target.bounds_pair_sums
+        bound = code_bounds(rows, bound_pairs=bounded)
         if bias is not None:
             # A channel whose weights are (nearly) zero must still hold its bias in 32 bits.
             least = np.abs(bias.astype(np.float64)) / (float(data.scale) * _LARGEST_BIAS)
@@ -166,12 +234,8 @@ class WeightStore:
             q = quantize(source.numpy(), parameters)
             return q if pairs is None else _trimmed(q, parameters.axis, pairs)
 
-        dtype = ir.DataType[parameters.dtype.upper()]
         shape = ir.Shape(source.shape.numpy())
-        if source.nbytes > _LAZY_BYTES:
-            tensor = ir.LazyTensor(lambda: ir.tensor(integers(), dtype), dtype, shape)
-        else:
-            tensor = ir.tensor(integers(), dtype)
+        tensor = _computed(integers, parameters.dtype, source.shape.numpy())
         stored = self.initializer(f"{name}_quantized", tensor)
         attributes = {} if parameters.axis is None else {"axis": parameters.axis}
         restore = ir.node(
@@ -182,6 +246,14 @@ class WeightStore:
         output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), shape
         self.graph.insert_before(self._first, restore)
         return output
+
+
+def _computed(integers: Callable[[], Array], dtype: str, shape: Sequence[int]) -> ir.TensorProtocol:
+    """A tensor of `integers()`, made on demand where it is large."""
+    kind = ir.DataType[dtype.upper()]
+    if math.prod(shape) > _LAZY_SIZE:
+        return ir.LazyTensor(lambda: ir.tensor(integers(), kind), kind, ir.Shape(shape))
+    return ir.tensor(integers(), kind)
 
 
 def _kernel_order(node: ir.Node, rank: int) -> list[int] | None:
