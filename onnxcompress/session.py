@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 
+from onnxcompress import model_io
 from onnxcompress.contract import Array
 from onnxcompress.errors import InputError, OnnxCompressError
 
@@ -134,7 +135,7 @@ def _start(
         if outputs is None:
             with _one_sentence(f"cannot load {title}"):
                 return ort.InferenceSession(str(model), options, _PROVIDERS), []
-        model = ir.load(model)  # pyright: ignore[reportUnknownMemberType]
+        model = model_io.load(model)
     with _one_sentence(f"cannot load {title}"), tempfile.TemporaryDirectory() as folder:
         copy = model.clone()
         if outputs is not None:
