@@ -14,23 +14,19 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxcompress.class_scores import gives_class_scores
 from onnxcompress.contract import Array
 from onnxcompress.errors import InputError
 from onnxcompress.layers import Layer, LayerTaps
 from onnxcompress.model_io import load
 from onnxcompress.numerics.decisions import Agreement, Score, Scorer
 from onnxcompress.numerics.fidelity import Fidelity, decibel
-from onnxcompress.operators import Role, constant_tensor, operator
 from onnxcompress.session import Feed, Session
 
 _KERNEL_LOSS = 3.0
 """dB from which on what ONNX Runtime made of the candidate is told apart from the candidate."""
 _NEGLIGIBLE = 60.0
 """dB above which such a loss changes nothing."""
-_WALK = 64
-_RECURRENT = {"LSTM", "GRU", "RNN"}
-_SCORING = {"Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid"}
-_QUANTIZING = {"QuantizeLinear", "DequantizeLinear"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +90,8 @@ def validate(
     """Compare `candidate` with `original` on every feed of `data`, which is read once.
 
     Memory holds one feed and its outputs at a time. An output's floats are read as class scores
-    where they have two axes, or three where the graph ends in a matrix product, convolution or
-    softmax; not where it ends in a normalization, as an embedding does.
+    where they have two axes and the graph does not say otherwise, or three and it says so
+    (`class_scores`).
 
     Args:
         data: arrays by input name, a dict for each run.
@@ -181,7 +177,7 @@ class _Output:
         self.fidelity = Fidelity()
         self.marked = 0.0
         """Noise to signal when `mark` was called last."""
-        self._agreement = Agreement(top_k, _ends_in_scores(value))
+        self._agreement = Agreement(top_k, gives_class_scores(value))
         self._scorer = None if labels is None else Scorer(labels)
         self._skipped = ""
         self._shapes = ""
@@ -285,41 +281,6 @@ def _unused_labels(outputs: Sequence[OutputFigures], labels: Array | None) -> li
     if labels is None or any(output.score for output in outputs):
         return []
     return [f"labels of shape {list(labels.shape)} fit no output, so there is no accuracy"]
-
-
-def _ends_in_scores(value: ir.Value) -> bool | None:
-    """Whether the graph computes class scores here: yes, no, or None where it does not say.
-
-    Walks back over what keeps the order of scores to the operator that made them.
-    """
-    for _ in range(_WALK):
-        node = value.producer()
-        if node is None:
-            return None
-        row = operator(node)
-        if row.role is Role.CONTRACT:
-            return node.op_type not in _RECURRENT
-        if node.op_type in _SCORING:
-            return True
-        if row.role is Role.NORMALIZE and node.op_type != "BatchNormalization":
-            return False
-        if row.role is Role.OTHER and node.op_type not in _QUANTIZING:
-            return None
-        flowing = [v for v in node.inputs[:2] if v and constant_tensor(v) is None]
-        if row.role is Role.ELEMENTWISE and not _shifts_or_scales(node):
-            return False
-        if not flowing:
-            return None
-        value = flowing[0]
-    return None
-
-
-def _shifts_or_scales(node: ir.Node) -> bool:
-    """Whether an elementwise node adds a constant, or multiplies by one number."""
-    constants = [t for v in node.inputs if (t := constant_tensor(v)) is not None]
-    if len(constants) != 1 or len(node.inputs) != 2:
-        return False
-    return node.op_type in ("Add", "Sub") or constants[0].size == 1
 
 
 def _labels(labels: npt.ArrayLike | None) -> Array | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from onnxcompress.class_scores import gives_class_scores
 from onnxcompress.errors import InputError
 from onnxcompress.numerics.decisions import Agreement, Metric, Scorer, within_top
 from onnxcompress.numerics.fidelity import Fidelity
+from onnxcompress.session import Feed, Session
 from onnxcompress.validate import validate
 
 CHAIN = """
@@ -217,10 +220,35 @@ def test_a_missing_output_is_told():
         validate(two, one("y = Neg(x)"), feeds())
 
 
-def test_what_looks_like_class_scores():
-    """An embedding that ends in a normalization has no top class; logits of a sequence have."""
-    norm = one("s = Constant<value = float[4] {1, 1, 1, 1}>() y = LayerNormalization(x, s)")
-    assert validate(norm, norm, feeds()).outputs[0].agreement is None
+W = "w = Constant<value = float[4, 4] {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}>()"
+V = "v = Constant<value = float[4] {1, 2, 3, 4}>()"
+TWO = "two = Constant<value = float {2}>()"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("y = MatMul(x, x)", True),
+        (f"{W} {V} m = MatMul(x, w) y = Add(m, v)", True),
+        (f"{W} {TWO} m = MatMul(x, w) d = Div(m, two) y = Identity(d)", True),
+        (f"{W} m = MatMul(x, w) r = Relu(m) y = Softmax(r)", True),
+        ("e = Exp(x) s = ReduceSum(e) y = Div(e, s)", True),
+        (f"{V} y = LayerNormalization(x, v)", False),
+        (f"{W} {V} m = MatMul(x, w) n = Mul(m, v) y = Add(n, v)", False),
+        ("y = Mul(x, x)", False),
+        ("y = Tanh(x)", None),
+        ("y = custom.Op(x)", None),
+    ],
+)
+def test_the_graph_says_whether_it_gives_class_scores(nodes: str, expected: bool | None):
+    model = ir.from_onnx_text(
+        '<ir_version: 8, opset_import: ["" : 17, "custom" : 1]> '
+        f"g (float[4, 4] x) => (float[4, 4] y) {{ {nodes} }}"
+    )
+    assert gives_class_scores(model.graph.outputs[0]) is expected
+
+
+def test_hidden_states_have_no_decisions_but_scores_of_tokens_have():
     tokens = one("y = Softmax(x)", "float[N, 3, 4]", "float[N, 3, 4]")
     hidden = one("y = Tanh(x)", "float[N, 3, 4]", "float[N, 3, 4]")
     data = [{"x": np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)}]
@@ -282,3 +310,41 @@ def test_negative_class_labels_are_left_out():
     scores = np.array([[[2.0, 1], [1, 2]], [[1, 2], [2, 1]]])
     scorer.update(scores, scores)
     assert scorer.score and scorer.score.original == pytest.approx(2 / 3)
+
+
+def test_a_tensor_is_compared_as_the_next_node_takes_it():
+    """A ReLU that the quantized range took over is done by the pair that follows it."""
+    clipped = one("a = Neg(x) r = Relu(a) y = Neg(r)")
+    taken_over = one(
+        "s = Constant<value = float {0.015625}>() z = Constant<value = uint8 {0}>()"
+        "r = Neg(x) q = QuantizeLinear(r, s, z) d = DequantizeLinear(q, s, z) y = Neg(d)"
+    )
+    (relu, end) = validate(clipped, taken_over, feeds()).layers
+    assert relu.tensor == "r" and relu.sqnr > 30 and end.sqnr == pytest.approx(relu.sqnr)
+
+
+def test_what_the_runtime_loses_is_told_apart(monkeypatch: pytest.MonkeyPatch):
+    class Lossy(Session):
+        def run(self, feed: Feed) -> dict[str, np.ndarray]:
+            return {name: array * 1.1 for name, array in super().run(feed).items()}
+
+    kinds = iter((Session, Lossy))
+
+    def choose(*args: Any, **kwargs: Any) -> Session:
+        return next(kinds)(*args, **kwargs)
+
+    monkeypatch.setattr("onnxcompress.validate.Session", choose)
+    (warning,) = validate(chain(), chain(), feeds()).warnings
+    assert "'y' has 20.0 dB as ONNX Runtime runs it" in warning
+
+
+def test_a_model_whose_insides_cannot_be_given_out_is_still_validated(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise InputError("ONNX Runtime refuses")
+
+    monkeypatch.setattr("onnxcompress.layers.Session", refuse)
+    found = validate(chain(), chain(), feeds())
+    assert found.layers == () and found.outputs[0].sqnr == math.inf
+    assert found.warnings == ("layers were not compared: ONNX Runtime refuses",)
