@@ -101,10 +101,14 @@ class Once:
             )
         if self._feeds is None:
             self._feeds = _guarded(self.begin, self.where, self.ports)
-        yield from self._kept
-        for item in self._feeds:
-            self._keep(item)
-            yield item
+        for i in itertools.count():  # readers may take turns, so each keeps its own place
+            if self._kept is not None and i < len(self._kept):
+                yield self._kept[i]
+            elif (item := next(self._feeds, None)) is not None:
+                self._keep(item)
+                yield item
+            else:
+                return
 
     def _keep(self, item: Item) -> None:
         if self._kept is None:

@@ -404,6 +404,10 @@ def test_a_generator_is_kept_while_it_is_read_and_can_be_read_again():
     for _ in range(2):
         np.testing.assert_array_equal(values(data), rows(4))
     np.testing.assert_array_equal(data.labels, np.arange(4))
+    once = open_data(feeds(), ROW)
+    assert [(int(a["x"][0, 0]), int(b["x"][0, 0])) for a, b in zip(once, once, strict=True)] == [
+        (i, i) for i in (0, 3, 6, 9)
+    ]
     calibrate, evaluate = data.split(0.5)
     np.testing.assert_array_equal(values(evaluate), rows(4)[2:])
     np.testing.assert_array_equal(next(calibrate.batches(8))["x"], rows(4)[:2])
