@@ -102,13 +102,16 @@ class Once:
         if self._feeds is None:
             self._feeds = _guarded(self.begin, self.where, self.ports)
         for i in itertools.count():  # readers may take turns, so each keeps its own place
-            if self._kept is not None and i < len(self._kept):
-                yield self._kept[i]
-            elif (item := next(self._feeds, None)) is not None:
-                self._keep(item)
-                yield item
-            else:
+            if (item := self._item(self._feeds, i)) is None:
                 return
+            yield item
+
+    def _item(self, feeds: Iterator[Item], i: int) -> Item | None:
+        if self._kept is not None and i < len(self._kept):
+            return self._kept[i]
+        if (item := next(feeds, None)) is not None:
+            self._keep(item)
+        return item
 
     def _keep(self, item: Item) -> None:
         if self._kept is None:
