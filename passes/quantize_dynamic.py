@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
@@ -19,6 +20,7 @@ from onnxcompress.operators import (
     data_inputs,
     in_axis,
     int_attribute,
+    out_axis,
     weight_inputs,
 )
 from onnxcompress.placement import matches
@@ -43,9 +45,9 @@ class QuantizeDynamic(Pass):
 
     Weights are symmetric int8 with one scale an output channel, activations uint8 with one scale
     a tensor, taken from each tensor as it comes. Products that read the same value share its
-    quantization: one pass over it, and as fast as (or faster than) a fused kernel for each. A
-    bias added behind a product is arranged so that it is fused too. On processors that add pairs
-    of products in 16 bits, scales are such that no pair saturates.
+    quantization, which is as fast as (or faster than) a kernel that quantizes for each of them. A
+    bias added behind a product is fused too. On processors that add pairs of products in 16 bits,
+    scales are such that no pair saturates.
 
     - MatMul and Gemm with a constant weight, in bodies of If, Loop and Scan too.
     - LSTM becomes com.microsoft.DynamicQuantizeLSTM.
@@ -141,12 +143,9 @@ class _Rewrite:
 
     def _matmul(self, node: ir.Node) -> None:
         data, weight = _operands(node)
-        rank, width = len(_shape(weight)), _shape(weight)[-1]
-        codes, scales = self.store.matrices(weight, by_row=False, keepdims=rank > 2)
+        stack = len(_shape(weight)) > 2
+        codes, scales = self.store.matrices(weight, by_row=False, keepdims=stack)
         _become(node, "Mul", self._product(node, data, codes, scales))
-        users = list(node.outputs[0].uses())
-        if len(users) == 1 and users[0].node.op_type == "Add":
-            _arrange_bias(users[0].node, node.outputs[0], width)
 
     def _gemm(self, node: ir.Node) -> None:
         data, weight = _operands(node)
@@ -158,12 +157,12 @@ class _Rewrite:
             _become(node, "Mul", operands)
             return
         if (beta := _factor(node, "beta")) != 1:
-            factor = self.store.initializer(f"{node.outputs[0].name}_beta", np.float32(beta))
+            name = f"{node.outputs[0].name}_beta"
+            factor = self.store.initializer(name, np.asarray(beta, np.float32))
             bias = self._insert(node, "Mul", [bias, factor])
         product = self._insert(node, "Mul", operands)
         product.shape = node.outputs[0].shape
         _become(node, "Add", [product, bias])
-        _arrange_bias(node, product, _shape(codes)[-1])
 
     def _product(
         self, node: ir.Node, data: ir.Value, weight: ir.Value, scales: ir.Value
@@ -251,20 +250,6 @@ def _become(
     node.attributes.update(attributes or {})
 
 
-def _arrange_bias(add: ir.Node, product: ir.Value, width: int) -> None:
-    """Order the operands of an Add behind a product so that ONNX Runtime fuses a bias, only.
-
-    It takes any constant second operand that has one axis longer than 1 for a bias, also one
-    that makes the result wider, or of higher rank, than the product.
-    """
-    other = next((v for v in add.inputs if v is not product), None)
-    shape = None if (tensor := constant_tensor(other)) is None else tensor.shape.numpy()
-    rank = 1 if product.shape is None else len(product.shape)
-    fits = shape is not None and 1 <= len(shape) <= rank and shape == (*shape[:-1], width)
-    for index, value in enumerate((product, other) if fits else (other, product)):
-        add.replace_input_with(index, value)
-
-
 def _skip(node: ir.Node, reason: str) -> Skip:
     return Skip(node.name or "", node.op_type, reason)
 
@@ -316,11 +301,32 @@ def _refuse_weights(node: ir.Node) -> str | None:
 
 def _refuse_product(node: ir.Node) -> str | None:
     reason = _refuse_weights(node)
-    if reason is None:
-        shape = _shape(node.inputs[1])
-        if shape[in_axis(node, len(shape)) or 0] > _DEEPEST:
-            return f"it sums more than {_DEEPEST} products, which 32 bits do not hold"
-    return reason
+    if reason is not None:
+        return reason
+    shape = _shape(node.inputs[1])
+    if shape[in_axis(node, len(shape)) or 0] > _DEEPEST:
+        return f"it sums more than {_DEEPEST} products, which 32 bits do not hold"
+    if _widens(node, shape[out_axis(node, len(shape)) or 0]):
+        return "the constant added to it would be taken for a bias, but broadcasts the product"
+    return None
+
+
+def _widens(node: ir.Node, width: int) -> bool:
+    """Whether a constant is added behind the product that ONNX Runtime would wrongly fuse.
+
+    It takes a constant for a bias where at most its last axis is longer than 1, also where that
+    is not the product's width or the constant has more axes than the product.
+    """
+    product, users = node.outputs[0], list(node.outputs[0].uses())
+    if len(users) != 1 or users[0].node.op_type != "Add":
+        return False
+    for other in users[0].node.inputs:
+        if other is not product and (tensor := constant_tensor(other)) is not None:
+            shape = tensor.shape.numpy()
+            rank = 1 if product.shape is None else len(product.shape)
+            row = math.prod(shape) == (shape[-1] if shape else 0) > 1
+            return row and (len(shape) > rank or shape[-1] != width)
+    return False
 
 
 def _refuse_lstm(node: ir.Node) -> str | None:
