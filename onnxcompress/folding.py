@@ -8,6 +8,7 @@ A MatMul has no bias: the Add of a constant behind it is taken as one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ class Folding:
         self.modified = False
         self._as_nodes = False
         self._names: set[str] | None = None
+        self._copies: Counter[str] = Counter()
         self._shared: dict[ir.Value, bool] = {}
         self._loose: dict[ir.Value, None] = {}
 
@@ -183,9 +185,10 @@ class Folding:
         """A name that no value of the model has, in any scope."""
         if self._names is None:
             self._names = set(_value_names(self.model))
-        name, count = base, 1
+        name = base
         while name in self._names:
-            name, count = f"{base}_{count}", count + 1
+            self._copies[base] += 1
+            name = f"{base}_{self._copies[base]}"
         self._names.add(name)
         return name
 

@@ -207,6 +207,8 @@ def linear(node: ir.Node, opset: int) -> Linear:
     if weight is None or has_reference(node):
         raise Declined(f"the weight of the {node.op_type} beside it is not constant")
     shape = dimensions(weight)
+    if 0 in shape:
+        raise Declined("the weight is empty")
     if is_op(node, "BatchNormalization"):
         if not is_inference(node, opset) or len(shape) != 1:
             raise Declined("the BatchNormalization before it is not an inference one")
@@ -244,7 +246,7 @@ def _product(node: ir.Node, opset: int) -> Linear:
         raise NoSite
     shape = dimensions(weight)
     rank = len(shape)
-    if rank < 2 or (is_op(node, "Gemm") and (index == 0 or opset < 7)):
+    if rank < 2 or 0 in shape or (is_op(node, "Gemm") and (index == 0 or opset < 7)):
         raise NoSite
     out, into = out_axis(node, rank) or 0, in_axis(node, rank) or 0
     if is_op(node, "Gemm"):
@@ -368,7 +370,7 @@ def origin(value: ir.Value | None) -> ir.Value | None:
 def float_constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The floating-point tensor that `value` always holds, seen through Identity; or None."""
     tensor = constant_tensor(origin(value))
-    return tensor if tensor is not None and tensor.dtype in LIMITS and tensor.size else None
+    return tensor if tensor is not None and tensor.dtype in LIMITS else None
 
 
 def spread(array: Array, axis: int, rank: int | None) -> Array:

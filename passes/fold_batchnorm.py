@@ -15,7 +15,6 @@ from onnxcompress.linear import (
     Declined,
     NoSite,
     check_range,
-    dimensions,
     float_attribute,
     float_constant,
     is_inference,
@@ -84,6 +83,9 @@ class FoldBatchnorm(Pass):
         """Fold into what comes behind, or write as Mul or Add; why not, or None."""
         try:
             affine = affine_of(node, folding.opset)
+        except Declined as declined:
+            return str(declined)
+        try:
             folding.into_consumers(node, node.inputs[0], affine, may_add=True)
             return None
         except NoSite:
@@ -91,13 +93,13 @@ class FoldBatchnorm(Pass):
         except Declined as declined:
             reason = reason or str(declined)
         try:
-            self._write_alone(folding, node)
+            self._write_alone(folding, node, affine)
             return None
         except Declined as declined:
             return reason or str(declined)
 
-    def _write_alone(self, folding: Folding, node: ir.Node) -> None:
-        affine, data = affine_of(node, folding.opset), node.inputs[0]
+    def _write_alone(self, folding: Folding, node: ir.Node, affine: Affine) -> None:
+        data = node.inputs[0]
         if affine.scales and affine.shifts and not self.split:
             raise Declined("it stands alone, and is faster so than as Mul and Add")
         rank = rank_of(data) or rank_of(node.outputs[0])
@@ -124,11 +126,12 @@ def affine_of(node: ir.Node, opset: int) -> Affine:
     """
     if not is_inference(node, opset):
         raise Declined("it is in training mode, or keeps statistics by position")
-    tensors = [float_constant(v) for v in node.inputs[1:5]]
+    tensors = (float_constant(v) for v in node.inputs[1:5])
     parameters = [t.numpy().astype(np.float64) for t in tensors if t is not None]
     if len(parameters) != 4:
         raise Declined("a parameter is not constant")
-    if len({dimensions(t) for t in tensors if t is not None}) != 1 or parameters[0].ndim != 1:
+    shapes = {p.shape for p in parameters}
+    if len(shapes) != 1 or parameters[0].ndim != 1 or parameters[0].size == 0:
         raise Declined("its parameters are not one number for each channel")
     scale, bias, mean, variance = parameters
     variance = variance + float(np.float32(float_attribute(node, "epsilon", 1e-5)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,59 @@ class Net:
             self.graph(), opset_imports=opsets, ir_version=self.ir_version, functions=self.functions
         )
         return onnx.shape_inference.infer_shapes(proto) if self.infer else proto
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear operator on `x`: its data's shape, weight's shape, attributes, output channels."""
+
+    op: str
+    data: tuple[int, ...]
+    weight: tuple[int, ...]
+    channels: int
+    attrs: tuple[tuple[str, Any], ...] = ()
+    bias: tuple[int, ...] | None = None
+    swap: bool = False
+
+    def feed(self, net: Net) -> str:
+        return net.input("x", *self.data)
+
+    def add(self, net: Net, x: str, weight: str = "", bias: bool = True) -> str:
+        weight = weight or net.normal(f"{net.prefix}w{len(net.nodes)}", *self.weight)
+        inputs = [weight, x] if self.swap else [x, weight]
+        if self.bias and bias:
+            inputs.append(net.normal(f"{net.prefix}b{len(net.nodes)}", *self.bias))
+        out = net.op(self.op, *inputs, **dict(self.attrs))
+        if self.op == "MatMul" and bias:
+            shape = (self.channels, 1) if self.swap else (self.channels,)
+            out = net.op("Add", out, net.normal(f"{net.prefix}b{len(net.nodes)}", *shape))
+        return out
+
+
+def layer(op: str, data: Any, weight: Any, channels: int, bias: Any = None, **attrs: Any) -> Layer:
+    swap = attrs.pop("swap", False)
+    return Layer(op, data, weight, channels, tuple(attrs.items()), bias, swap)
+
+
+LAYERS = {
+    "conv1d": layer("Conv", (2, 3, 8), (4, 3, 3), 4, (4,)),
+    "conv2d": layer("Conv", (2, 3, 6, 7), (4, 3, 3, 2), 4, (4,), strides=[2, 1], pads=[1, 0, 2, 1]),
+    "conv3d": layer("Conv", (1, 2, 4, 5, 4), (3, 2, 2, 2, 2), 3, (3,)),
+    "pointwise": layer("Conv", (2, 3, 5, 5), (4, 3, 1, 1), 4, (4,)),
+    "grouped": layer("Conv", (2, 4, 6, 6), (6, 2, 3, 3), 6, (6,), group=2, dilations=[2, 2]),
+    "depthwise": layer("Conv", (2, 4, 6, 6), (8, 1, 3, 3), 8, (8,), group=4, pads=[1] * 4),
+    "same": layer("Conv", (2, 3, 6, 6), (4, 3, 3, 3), 4, (4,), auto_pad="SAME_UPPER"),
+    "valid": layer("Conv", (2, 3, 6, 6), (4, 3, 3, 3), 4, (4,), auto_pad="VALID"),
+    "transposed": layer("ConvTranspose", (2, 3, 5, 5), (3, 4, 3, 3), 4, (4,), strides=[2, 2]),
+    "transposed_grouped": layer(
+        *("ConvTranspose", (2, 4, 5), (4, 3, 3), 6, (6,)), group=2, strides=[2], output_padding=[1]
+    ),
+    "gemm": layer("Gemm", (3, 5), (5, 4), 4, (4,)),
+    "gemm_b": layer("Gemm", (3, 5), (4, 5), 4, (1, 4), transB=1, alpha=0.5, beta=2.0),
+    "gemm_a": layer("Gemm", (5, 3), (5, 4), 4, (1,), transA=1, alpha=2.0),
+    "matmul": layer("MatMul", (3, 5), (5, 4), 4),
+    "matmul_left": layer("MatMul", (2, 5, 3), (4, 5), 4, swap=True),
+}
 
 
 def apply(pass_: Pass, proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Result]:

@@ -2,72 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxcompress.model_io import load
 from onnxcompress.passes.fold_batchnorm import FoldBatchnorm
-from tests.passes.exactness import Net, apply, check_exact, count, run
+from tests.passes.exactness import (
+    LAYERS,
+    Layer,
+    Net,
+    apply,
+    assert_close,
+    check_exact,
+    count,
+    random_feed,
+    run,
+)
 
 PASS = FoldBatchnorm()
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A linear operator on `x`: its data's shape, weight's shape, attributes, output channels."""
-
-    op: str
-    data: tuple[int, ...]
-    weight: tuple[int, ...]
-    channels: int
-    attrs: tuple[tuple[str, Any], ...] = ()
-    bias: tuple[int, ...] | None = None
-    swap: bool = False
-
-    def feed(self, net: Net) -> str:
-        return net.input("x", *self.data)
-
-    def add(self, net: Net, x: str, weight: str = "", bias: bool = True) -> str:
-        weight = weight or net.normal(f"{net.prefix}w{len(net.nodes)}", *self.weight)
-        inputs = [weight, x] if self.swap else [x, weight]
-        if self.bias and bias:
-            inputs.append(net.normal(f"{net.prefix}b{len(net.nodes)}", *self.bias))
-        out = net.op(self.op, *inputs, **dict(self.attrs))
-        if self.op == "MatMul" and bias:
-            shape = (self.channels, 1) if self.swap else (self.channels,)
-            out = net.op("Add", out, net.normal(f"{net.prefix}b{len(net.nodes)}", *shape))
-        return out
-
-
-def layer(op: str, data: Any, weight: Any, channels: int, bias: Any = None, **attrs: Any) -> Layer:
-    swap = attrs.pop("swap", False)
-    return Layer(op, data, weight, channels, tuple(attrs.items()), bias, swap)
-
-
-LAYERS = {
-    "conv1d": layer("Conv", (2, 3, 8), (4, 3, 3), 4, (4,)),
-    "conv2d": layer("Conv", (2, 3, 6, 7), (4, 3, 3, 2), 4, (4,), strides=[2, 1], pads=[1, 0, 2, 1]),
-    "conv3d": layer("Conv", (1, 2, 4, 5, 4), (3, 2, 2, 2, 2), 3, (3,)),
-    "pointwise": layer("Conv", (2, 3, 5, 5), (4, 3, 1, 1), 4, (4,)),
-    "grouped": layer("Conv", (2, 4, 6, 6), (6, 2, 3, 3), 6, (6,), group=2, dilations=[2, 2]),
-    "depthwise": layer("Conv", (2, 4, 6, 6), (8, 1, 3, 3), 8, (8,), group=4, pads=[1] * 4),
-    "same": layer("Conv", (2, 3, 6, 6), (4, 3, 3, 3), 4, (4,), auto_pad="SAME_UPPER"),
-    "valid": layer("Conv", (2, 3, 6, 6), (4, 3, 3, 3), 4, (4,), auto_pad="VALID"),
-    "transposed": layer("ConvTranspose", (2, 3, 5, 5), (3, 4, 3, 3), 4, (4,), strides=[2, 2]),
-    "transposed_grouped": layer(
-        *("ConvTranspose", (2, 4, 5), (4, 3, 3), 6, (6,)), group=2, strides=[2], output_padding=[1]
-    ),
-    "gemm": layer("Gemm", (3, 5), (5, 4), 4, (4,)),
-    "gemm_b": layer("Gemm", (3, 5), (4, 5), 4, (1, 4), transB=1, alpha=0.5, beta=2.0),
-    "gemm_a": layer("Gemm", (5, 3), (5, 4), 4, (1,), transA=1, alpha=2.0),
-    "matmul": layer("MatMul", (3, 5), (5, 4), 4),
-    "matmul_left": layer("MatMul", (2, 5, 3), (4, 5), 4, swap=True),
-}
 EVERY = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -755,3 +719,158 @@ def test_trap(name: str) -> None:
     net = Net()
     options = build(net) or {}
     after(net.model(), left, **options)
+
+
+# --- what does not fit the table ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("is_test", "left"), [(1, 0), (0, 1)])
+def test_opset_6_says_test_mode_by_an_attribute(is_test: int, left: int) -> None:
+    net = Net(opset=6)
+    net.output(net.norm(conv(net, image(net)), 4, is_test=is_test))
+    folded, result = apply(PASS, net.model())
+    assert count(folded, "BatchNormalization") == left == len(result.skips)
+
+
+@pytest.mark.parametrize(("spatial", "left"), [(1, 0), (0, 1)])
+def test_statistics_by_position(spatial: int, left: int) -> None:
+    net = Net(opset=7)
+    net.output(net.norm(conv(net, image(net)), 4, spatial=spatial))
+    folded, _ = apply(PASS, net.model())
+    assert count(folded, "BatchNormalization") == left
+
+
+def test_an_attribute_of_the_function_is_not_known() -> None:
+    node = helper.make_node("BatchNormalization", ["y", *"sbmv"], ["z"])
+    node.attribute.add(name="epsilon", type=onnx.AttributeProto.FLOAT, ref_attr_name="e")
+    weights = [numpy_helper.from_array(np.ones(4, np.float32), n) for n in "sbmv"]
+    weights.append(numpy_helper.from_array(np.ones((3, 4), np.float32), "w"))
+    nodes = [helper.make_node("Constant", [], [w.name], value=w) for w in weights]
+    nodes += [helper.make_node("Gemm", ["x", "w"], ["y"]), node]
+    opsets = [helper.make_opsetid("", 17)]
+    net = Net()
+    net.domains["local"] = 1
+    net.functions.append(helper.make_function("local", "F", ["x"], ["z"], nodes, opsets, ["e"]))
+    net.output(net.op("F", net.input("x", 2, 3), domain="local", e=0.5))
+    after(net.model(), 1)
+
+
+def test_sparse_weight(tmp_path: Path) -> None:
+    net = Net()
+    net.output(net.norm(net.op("MatMul", net.input("x", 3, 5), "w"), 2))
+    proto = net.model()
+    values = helper.make_tensor("w", TensorProto.FLOAT, [2], [1.0, 2.0])
+    indices = helper.make_tensor("i", TensorProto.INT64, [2], [3, 8])
+    proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [5, 2]))
+    onnx.save(proto, tmp_path / "m.onnx")
+    result = PASS(load(tmp_path / "m.onnx"))
+    folded = ir.to_proto(result.model)
+    assert count(folded, "BatchNormalization") == 0
+    feed = random_feed(proto)
+    assert_close(run(folded, feed)[0], run(proto, feed)[0], 1e-5)
+
+
+def test_a_large_weight_is_computed_on_demand() -> None:
+    net = Net()
+    y = net.op("Gemm", net.input("x", 2, 512), net.normal("w", 1024, 512), transB=1)
+    net.output(net.norm(y, 1024))
+    result = PASS(ir.from_proto(net.model()))
+    weight = result.model.graph.initializers["w"].const_value
+    assert isinstance(weight, ir.LazyTensor) and not weight.cache
+    after(net.model(), 0)
+
+
+def test_a_large_shared_weight_is_not_copied() -> None:
+    net = Net()
+    x, w = net.input("x", 2, 512), net.normal("w", 1024, 512)
+    for _ in range(2):
+        net.output(net.norm(net.op("Gemm", x, w, transB=1), 1024))
+    folded = after(net.model(), 2)
+    assert len(folded.graph.initializer) == 9
+
+
+def test_alone_as_mul_and_add() -> None:
+    net = Net()
+    net.output(net.norm(net.op("Relu", image(net)), 3, out="z"))
+    folded, result = check_exact(FoldBatchnorm(split=True), net.model())
+    assert count(folded, "BatchNormalization") == 0 == len(result.skips)
+    assert count(folded, "Mul") == count(folded, "Add") == 1
+
+
+def test_constants_that_nothing_reads_any_more_are_gone() -> None:
+    net = Net()
+    net.output(net.norm(conv(net, image(net)), 4))
+    assert len(after(net.model(), 0).graph.initializer) == 2
+
+
+def test_shapes_and_metadata_of_the_output_survive() -> None:
+    net = Net()
+    net.infer = False
+    net.output(net.norm(conv(net, net.input("x", "n", 3, 6, 6)), 4), ["n", 4, None, "w"])
+    folded, _ = apply(PASS, net.model())
+    assert folded.graph.output == net.model().graph.output
+
+
+def test_cost_is_linear() -> None:
+    """A hub that every branch reads, and constants that all share, do not make it quadratic."""
+
+    def seconds(size: int) -> float:
+        net = Net()
+        net.infer = False
+        x = net.op("Relu", net.input("x", 2, 3))
+        w, p = net.normal("w", 3, 3), net.weight("p", [1, 1, 1])
+        net.output(net.op("Neg", x))
+        for _ in range(size):
+            net.op("BatchNormalization", net.op("MatMul", x, w), p, p, p, p)
+            net.op("BatchNormalization", x, p, p, p, p)
+        model = ir.from_proto(net.model())
+        start = time.process_time()
+        PASS(model)
+        return time.process_time() - start
+
+    assert seconds(800) < 8 * seconds(200) + 0.2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_convolution(data: st.DataObject) -> None:
+    """Random ranks, groups, strides, dilations and pads, normalized before and after."""
+
+    def draw(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
+    group, dims = draw(1, 3), draw(1, 3)
+    inside, outside = group * draw(1, 2), group * draw(1, 2)
+    kernel = [draw(1, 3) for _ in range(dims)]
+    transposed, padded = data.draw(st.booleans()), data.draw(st.booleans())
+    attrs: dict[str, Any] = {
+        "group": group,
+        "strides": [draw(1, 2) for _ in range(dims)],
+        "dilations": [draw(1, 2) for _ in range(dims)],
+        "pads": [draw(0, 1) if padded else 0 for _ in range(2 * dims)],
+    }
+    shape = (inside, outside // group) if transposed else (outside, inside // group)
+    net = Net()
+    x = net.norm(net.op("Relu", net.input("x", 2, inside, *[6] * dims)), inside)
+    op = "ConvTranspose" if transposed else "Conv"
+    y = net.op(op, x, net.normal("w", *shape, *kernel), net.normal("b", outside), **attrs)
+    net.output(net.norm(y, outside))
+    after(net.model(), int(transposed or any(attrs["pads"])))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_product(data: st.DataObject) -> None:
+    """Random transpositions, factors and shapes of C, normalized before and after."""
+    rows, inner, channels = (data.draw(st.integers(2, 5)) for _ in range(3))
+    a, b = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 1))
+    alpha, beta = (data.draw(st.sampled_from([1.0, 0.5, -2.0])) for _ in range(2))
+    shapes = [(), (1,), (channels,), (1, channels), (rows, channels), (1, 1)]
+    c = data.draw(st.sampled_from(shapes))
+    net = Net()
+    shape = (inner, rows) if a else (rows, inner)
+    x = net.norm(net.op("Relu", net.input("x", *shape)), shape[1])
+    w = net.normal("w", *((channels, inner) if b else (inner, channels)))
+    attrs: dict[str, Any] = {"transA": a, "transB": b, "alpha": alpha, "beta": beta}
+    net.output(net.norm(net.op("Gemm", x, w, net.normal("c", *c), **attrs), channels))
+    after(net.model(), a)
