@@ -41,7 +41,7 @@ class FoldConstants(Pass):
     Declined, each with a Skip: quantizers (a dequantized weight would be float again), random
     and unknown operators, control flow, types that the runtime rounds in its own way, integer
     division by zero, casts out of range, whatever cannot be evaluated, and growth beyond
-    `max_bytes`.
+    `max_bytes`; a second run finds more to do only if that budget was used up.
     """
 
     name: ClassVar[str] = "fold_constants"
@@ -91,9 +91,12 @@ class _Folding:
                 self.visit(subgraph, opsets, as_node=as_node)
             stays = as_node or any(v.is_graph_output() for v in node.outputs)
             inputs = self._inputs(node)
-            if inputs is None or (stays and _is_constant(node) and "value" in node.attributes):
+            done = stays and _is_constant(node) and "value" in node.attributes
+            if inputs is None or done or not node.outputs:
                 continue
             try:
+                if stays and len(node.outputs) != 1:
+                    raise Undecided("has several outputs, which one Constant node cannot have")
                 results = self._results(node, inputs, opsets.get("", 1))
                 if stays:
                     self._become_constant(node, results)
@@ -102,7 +105,8 @@ class _Folding:
                     dropped.append(node)
                 self.folded += 1
             except Undecided as why:
-                self.skips.append(Skip(node.name or "", node.op_type, str(why)))
+                where = node.name or str(node.outputs[0].name)
+                self.skips.append(Skip(where, node.op_type, str(why)))
         graph.remove(dropped)
 
     def _inputs(self, node: ir.Node) -> Tensors | None:
@@ -162,8 +166,6 @@ class _Folding:
 
     def _become_constant(self, node: ir.Node, results: Sequence[ir.TensorProtocol]) -> None:
         """The node stays, as a Constant: nothing that refers to its output notices."""
-        if len(results) != 1:
-            raise Undecided("has several outputs, which one Constant node cannot have")
         self._detach(node)
         node.op_type = "Constant"
         node.attributes.clear()
@@ -204,13 +206,13 @@ def _tensor(
     At the end of a long chain of such tensors it is held, so that the work stays linear.
     """
     if array.nbytes <= _LARGE:
-        return ir.tensor(array if array.base is None else array.copy())
-    tensor = ir.tensor(array)
+        return ir.Tensor(array if array.base is None else array.copy())
+    tensor = ir.Tensor(array)
     depth = 1 + max((t.meta.get(_DEPTH, 0) for t in inputs if t is not None), default=0)
     if depth > _DEEPEST:
         return tensor
     lazy = ir.LazyTensor(
-        lambda: ir.tensor(evaluate()[index]), dtype=tensor.dtype, shape=ir.Shape(array.shape)
+        lambda: ir.Tensor(evaluate()[index]), dtype=tensor.dtype, shape=ir.Shape(array.shape)
     )
     lazy.meta[_DEPTH] = depth
     return lazy

@@ -77,7 +77,7 @@ class _Removal:
             target = node.outputs[0]
             reason = _obstacle(source, target, names, places)
             if reason is not None:
-                self.skips.append(Skip(node.name or "", node.op_type, reason))
+                self.skips.append(Skip(node.name or str(target.name), node.op_type, reason))
                 continue
             place = places.pop(target, None)
             if place is not None:
