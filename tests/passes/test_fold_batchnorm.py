@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -874,3 +875,19 @@ def test_any_product(data: st.DataObject) -> None:
     attrs: dict[str, Any] = {"transA": a, "transB": b, "alpha": alpha, "beta": beta}
     net.output(net.norm(net.op("Gemm", x, w, net.normal("c", *c), **attrs), channels))
     after(net.model(), a)
+
+
+def test_bfloat16() -> None:
+    net = Net(dtype=ml_dtypes.bfloat16)
+    y = net.op("MatMul", net.input("x", 3, 5), net.normal("w", 5, 4))
+    net.output(net.norm(net.op("Add", y, net.normal("b", 4)), 4))
+    folded, result = apply(PASS, net.model())
+    assert result.modified and count(folded, "BatchNormalization") == 0
+    arrays = {t.name: numpy_helper.to_array(t) for t in net.model().graph.initializer}
+    scale, shift, mean, var = (
+        arrays[f"v2_{n}"].astype(float) for n in ("scale", "bias", "mean", "var")
+    )
+    a = scale / np.sqrt(var + 1e-5)
+    after = {t.name: numpy_helper.to_array(t) for t in folded.graph.initializer}
+    for name, expected in (("w", arrays["w"] * a), ("b", (arrays["b"] - mean) * a + shift)):
+        np.testing.assert_allclose(after[name].astype(float), expected.astype(float), rtol=2**-7)
