@@ -20,7 +20,7 @@ from onnxcompress.atomic import Draft, locked, sync
 from onnxcompress.contract import Array, Kind, Want
 from onnxcompress.errors import InputError
 from onnxcompress.numerics.exact_sum import GRIDS, ExactSum
-from onnxcompress.numerics.histogram import RangeFreeHistogram, extremes
+from onnxcompress.numerics.histogram import RangeFreeHistogram, Unobservable, extremes
 
 _SCHEMA = 1
 _NO_AXIS = -1000
@@ -40,7 +40,7 @@ class ChannelRange:
 
         Raises:
             FloatingPointError: if an element is NaN.
-            ValueError: if one is infinite.
+            Unobservable: if one is infinite.
         """
         low, high = channels.min(axis=(0, 2)) + 0.0, channels.max(axis=(0, 2)) + 0.0
         extremes(np.concatenate([low, high]))
@@ -50,10 +50,10 @@ class ChannelRange:
         """Of both.
 
         Raises:
-            ValueError: if the numbers of channels differ.
+            Unobservable: if the numbers of channels differ.
         """
         if self.minimum.shape != other.minimum.shape:
-            raise ValueError("the number of channels changes from feed to feed")
+            raise Unobservable("the number of channels changes from feed to feed")
         return ChannelRange(
             np.minimum(self.minimum, other.minimum), np.maximum(self.maximum, other.maximum)
         )
@@ -96,7 +96,7 @@ class Observations:
         for want, theirs in other.kept.items():
             try:
                 kept[want] = kept[want].merge(theirs) if want in kept else theirs
-            except ValueError as error:
+            except Unobservable as error:
                 reasons[want] = str(error)
         for want, reason in other.reasons.items():
             reasons[want] = min(reason, reasons.get(want, reason))

@@ -30,7 +30,7 @@ import onnx_ir as ir
 from onnxcompress.contract import Array, Kind, Want
 from onnxcompress.errors import InputError
 from onnxcompress.numerics.exact_sum import ExactSum
-from onnxcompress.numerics.histogram import HistogramBuilder
+from onnxcompress.numerics.histogram import HistogramBuilder, Unobservable
 from onnxcompress.observations import ChannelRange, Kept, Observations, merge_all
 from onnxcompress.session import Feed, Session
 
@@ -141,12 +141,14 @@ class _Shard:
             raise InputError(
                 f"{want.value!r} holds NaN in {where}: check the data and the model"
             ) from error
-        except ValueError as error:
+        except Unobservable as error:
             self.reasons[want] = str(error)
 
     def _observe(self, want: Want, array: Array) -> None:
         if want.kind is Kind.HISTOGRAM:
-            self._kept.setdefault(want, HistogramBuilder()).add(array)
+            if want not in self._kept:
+                self._kept[want] = HistogramBuilder()
+            self._kept[want].add(array)
         elif array.size:
             kind = ChannelRange if want.kind is Kind.CHANNEL_RANGE else ExactSum
             found = kind.of(_channels(array, want.axis or 0))
@@ -162,17 +164,17 @@ class _Shard:
 
 def _numbers(value: Any) -> Array:
     if not isinstance(value, np.ndarray):
-        raise ValueError("it is not a tensor")
+        raise Unobservable("it is not a tensor")
     array = cast(Array, value)
     if not np.can_cast(array.dtype, np.float32, "same_kind"):
-        raise ValueError("it does not hold real numbers")
+        raise Unobservable("it does not hold real numbers")
     return array
 
 
 def _channels(array: Array, axis: int) -> Array:
     """As float32 [m, channels, k]."""
     if not -array.ndim <= axis < array.ndim:
-        raise ValueError(f"it has no axis {axis}")
+        raise Unobservable(f"it has no axis {axis}")
     axis %= array.ndim
     before = int(np.prod(array.shape[:axis]))
     return array.astype(np.float32, copy=False).reshape(before, array.shape[axis], -1)

@@ -1,8 +1,9 @@
 """Runs models in ONNX Runtime: the one place that imports it.
 
-A session shares the model's weights instead of serialising them: the graph is handed over as a
-small protobuf whose large initializers are only named, and their arrays (memory-mapped where the
-model came from a file) are passed beside it. Models over 2 GB run this way too.
+Weights are not serialised: the graph is handed over as a small protobuf whose large initializers
+are only named, and their arrays (memory-mapped where the model came from a file) are passed
+beside it. Models over 2 GB run this way too. Without optimization the session computes with these
+very arrays and starts in milliseconds; with it, ONNX Runtime takes a copy.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Session:
         options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         self._title = str(model) if isinstance(model, Path) else repr(model.graph.name or "model")
-        self._session, self._weights = _start(model, outputs, options, self._title)
+        self._session, self._lent = _start(model, outputs, options, self._title)
         self._run_options = ort.RunOptions()
         self._run_options.log_severity_level = options.log_severity_level
         ports = (*self._session.get_inputs(), *self._session.get_outputs())
@@ -130,7 +131,7 @@ def _options(optimization: Optimization, verbose: bool) -> Any:
 def _start(
     model: ir.Model | Path, outputs: Sequence[str] | None, options: Any, title: str
 ) -> tuple[Any, list[Any]]:
-    """The session, and the weights that must live as long as it does."""
+    """The session, and the arrays that must live as long as it does."""
     if isinstance(model, Path):
         if outputs is None:
             with _one_sentence(f"cannot load {title}"):
@@ -145,10 +146,17 @@ def _start(
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", folder
         )
-        weights = _share_weights(copy.graph)
-        options.add_external_initializers(list(weights), list(weights.values()))
+        weights = _take_weights(copy.graph)
+        lend = options.graph_optimization_level == _LEVELS["none"]
+        if lend:
+            for name, weight in weights.items():
+                options.add_initializer(name, weight)
+        else:
+            # Fusions read weights, which the call above keeps from them; this one copies.
+            options.add_external_initializers(list(weights), list(weights.values()))
         content = ir.to_proto(copy).SerializeToString()
-        return ort.InferenceSession(content, options, _PROVIDERS), list(weights.values())
+        session = ort.InferenceSession(content, options, _PROVIDERS)
+        return session, list(weights.values()) if lend else []
 
 
 def _replace_outputs(graph: ir.Graph, names: Sequence[str], title: str) -> None:
@@ -160,7 +168,7 @@ def _replace_outputs(graph: ir.Graph, names: Sequence[str], title: str) -> None:
     graph.outputs[:] = [known[name] for name in dict.fromkeys(names)]
 
 
-def _share_weights(graph: ir.Graph) -> dict[str, Any]:
+def _take_weights(graph: ir.Graph) -> dict[str, Any]:
     """Reduce large initializers to references, and return their arrays by name."""
     weights: dict[str, Any] = {}
     for name, value in graph.initializers.items():
@@ -168,7 +176,7 @@ def _share_weights(graph: ir.Graph) -> dict[str, Any]:
         if tensor is None or tensor.nbytes < _SHARED_BYTES or tensor.dtype in _INLINE:
             continue
         array = np.require(tensor.numpy(), requirements=["C", "ALIGNED"])
-        weights[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype))
+        weights[name] = _to_ort(array)
         value.const_value = ir.ExternalTensor(
             _LOCATION,
             0,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxcompress.numerics.histogram import extremes
+from onnxcompress.numerics.histogram import Unobservable, extremes
 
 Array = npt.NDArray[Any]
 
@@ -37,7 +37,7 @@ class ExactSum:
 
         Raises:
             FloatingPointError: if an element is NaN.
-            ValueError: if one is infinite.
+            Unobservable: if one is infinite.
         """
         rest = channels.sum(axis=(0, 2), dtype=np.float64)
         extremes(rest.astype(np.float32))
@@ -52,10 +52,10 @@ class ExactSum:
         """Of both. Exact.
 
         Raises:
-            ValueError: if the numbers of channels differ.
+            Unobservable: if the numbers of channels differ.
         """
         if self.words.shape != other.words.shape:
-            raise ValueError("the number of channels changes from feed to feed")
+            raise Unobservable("the number of channels changes from feed to feed")
         return ExactSum(self.words + other.words, self.count + other.count)
 
     def mean(self) -> npt.NDArray[np.float64]:

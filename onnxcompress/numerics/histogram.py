@@ -21,8 +21,13 @@ Counts = npt.NDArray[np.int64]
 
 _BUCKETS = 1 << 16
 _NEGATIVE_ZERO = 0x8000
-_SAMPLE = 8192
+_INFINITY = 0x7F800000
+_SAMPLE = 4096
 _STAGE = 1 << 16
+
+
+class Unobservable(ValueError):
+    """There is no such statistic of this value, and the message says why."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +49,7 @@ class RangeFreeHistogram:
 
         Raises:
             FloatingPointError: if an element is NaN.
-            ValueError: if one is infinite.
+            Unobservable: if one is infinite.
         """
         flat = as_float32(array)
         minimum, maximum = extremes(flat)
@@ -97,7 +102,7 @@ class RangeFreeHistogram:
 class HistogramBuilder:
     """Builds one histogram from many arrays; not for several threads at once.
 
-    The extremes are exact. An array of more than 16384 elements is sampled for the counts: every
+    The extremes are exact. An array of more than 8192 elements is sampled for the counts: every
     k-th element, weighted by k, with k coprime to the array's size so that no axis is favoured,
     and a start that some of the array's own bits choose, so that it moves from array to array and
     yet does not depend on their order.
@@ -114,12 +119,12 @@ class HistogramBuilder:
 
         Raises:
             FloatingPointError: if an element is NaN; nothing is counted then.
-            ValueError: if one is infinite; likewise.
+            Unobservable: if one is infinite; likewise.
         """
         if not array.size:
             return
         flat = as_float32(array)
-        minimum, maximum = extremes(flat)
+        minimum, maximum = extremes(flat, self._minimum)
         self._minimum = min(self._minimum, minimum)
         self._maximum = max(self._maximum, maximum)
         stride = sampling_stride(flat.size)
@@ -160,21 +165,32 @@ def as_float32(array: Array) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(array, np.float32).reshape(-1)
 
 
-def extremes(flat: npt.NDArray[np.float32]) -> tuple[float, float]:
+def extremes(flat: npt.NDArray[np.float32], known_low: float = math.inf) -> tuple[float, float]:
     """Minimum and maximum; inf and -inf of nothing.
+
+    The bits of floats, read as unsigned integers, rise from 0 to inf and NaN, then from -0 down to
+    -inf and NaN: their maximum alone tells most of it, in one sweep where nothing is negative.
+
+    Args:
+        known_low: a minimum of no interest above this; where nothing is negative and it is not
+            positive, 0 stands in for the minimum.
 
     Raises:
         FloatingPointError: if an element is NaN.
-        ValueError: if one is infinite.
+        Unobservable: if one is infinite.
     """
     if not flat.size:
         return math.inf, -math.inf
+    top = int(flat.view(np.uint32).max())
+    if top < _INFINITY:
+        minimum = 0.0 if known_low <= 0 else float(flat.min())
+        return minimum, float(np.uint32(top).view(np.float32))
     # Adding zero makes -0 into 0, which numpy's minimum does not tell apart.
     minimum, maximum = float(flat.min()) + 0.0, float(flat.max()) + 0.0
     if math.isnan(minimum):
         raise FloatingPointError("an element is NaN")
     if math.isinf(minimum) or math.isinf(maximum):
-        raise ValueError("an element is infinite")
+        raise Unobservable("an element is infinite")
     return minimum, maximum
 
 

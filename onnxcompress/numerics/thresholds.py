@@ -106,7 +106,7 @@ def expected_error(
     def between(first: Array, last: Array) -> list[Array]:
         return [moment[last] - moment[first] for moment in moments]
 
-    none, all_ = np.zeros(1, np.intp), np.full(1, len(x), np.intp)
+    none, all_ = np.array(0), np.array(len(x))
     step = (high - low) / steps
     inside = np.searchsorted(x, low, "left"), np.searchsorted(x, high, "right")
     centre = np.searchsorted(x, -step / 2, "left"), np.searchsorted(x, step / 2, "right")
@@ -184,14 +184,15 @@ def _uniform_bins(x: Array, counts: Array, limit: float) -> Array:
     magnitudes = np.abs(x[x != 0]).astype(np.float32)
     bits = magnitudes.view(np.uint32)
     lower = (bits & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
-    width = 2.0 * np.abs((bits | np.uint32(0x8000)).view(np.float32) - lower)
-    upper = np.maximum(np.minimum(lower + width, limit), np.nextafter(lower, np.inf))
-    weights = counts[x != 0]
-    edges = np.linspace(0, limit, _BINS + 1)
+    width = 2.0 * ((bits & np.uint32(0xFFFF0000) | np.uint32(0x8000)).view(np.float32) - lower)
+    # The bucket of the largest value ends at it, but keeps some width.
+    narrowest = 1e-6 * limit
+    lower = np.minimum(lower, limit - narrowest)
+    upper = np.minimum(lower + np.maximum(width, narrowest), limit)
+    slopes = counts[x != 0] / (upper - lower)
+    edges: Array = np.linspace(0, limit, _BINS + 1)
     # A sum of ramps, one a bucket, is the integral of steps: each edge needs two prefix sums.
-    below = _ramps(edges, lower, weights / (upper - lower)) - _ramps(
-        edges, upper, weights / (upper - lower)
-    )
+    below = _ramps(edges, lower, slopes) - _ramps(edges, upper, slopes)
     return np.maximum(np.diff(below), 0.0)
 
 

@@ -1,0 +1,142 @@
+"""Clipping ranges: what must hold for any data, and known distributions."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from onnxcompress.numerics.histogram import RangeFreeHistogram
+from onnxcompress.numerics.thresholds import Method, clip_range, divergence, expected_error
+
+finite = st.floats(-1e6, 1e6, width=32)
+data = arrays(np.float32, st.integers(1, 300), elements=finite)
+integers = st.sampled_from([(-8, 7), (-128, 127), (0, 255), (0, 65535)])
+
+
+def quantization_error(x, low, high, steps):
+    scale = (high - low) / steps
+    zero = np.rint(-low / scale)
+    q = np.clip(np.rint(x / scale) + zero, 0, steps)
+    return float(np.mean(((q - zero) * scale - x) ** 2))
+
+
+@given(data, st.sampled_from(Method), integers, st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_a_range_holds_zero_and_stays_within_what_was_seen(x, method, bounds, symmetric):
+    low, high = clip_range(
+        RangeFreeHistogram.of(x), method, qmin=bounds[0], qmax=bounds[1], symmetric=symmetric
+    )
+    assert low <= 0 <= high
+    if symmetric:
+        assert low == -high
+        assert high <= np.abs(x).max()
+    else:
+        assert min(x.min(), 0) <= low
+        assert high <= max(x.max(), 0)
+    assert (low < high) == bool(np.any(x))
+
+
+@given(data, integers, st.booleans())
+@settings(deadline=None)
+def test_mse_is_never_expected_to_be_worse_than_minmax(x, bounds, symmetric):
+    histogram = RangeFreeHistogram.of(x)
+    ranges = [
+        clip_range(histogram, method, qmin=bounds[0], qmax=bounds[1], symmetric=symmetric)
+        for method in (Method.MSE, Method.MINMAX)
+    ]
+    points, counts = histogram.points()
+    mse, minmax = (
+        float(expected_error(points.astype(np.float64), counts, *r, bounds[1] - bounds[0]))
+        for r in ranges
+    )
+    assert mse <= minmax * (1 + 1e-9) + 1e-30
+
+
+@given(data, st.booleans())
+def test_percentile_100_is_minmax(x, symmetric):
+    histogram = RangeFreeHistogram.of(x)
+    options = {"qmin": 0, "qmax": 255, "symmetric": symmetric}
+    whole = clip_range(histogram, Method.MINMAX, **options)
+    assert clip_range(histogram, Method.PERCENTILE, percentile=100, **options) == whole
+
+
+@given(st.lists(data, min_size=3, max_size=3), st.sampled_from(Method))
+@settings(max_examples=40, deadline=None)
+def test_the_order_of_merging_changes_no_bit(parts, method):
+    shards = [RangeFreeHistogram.of(part) for part in parts]
+    found = {
+        clip_range(a.merge(b).merge(c), method, qmin=-128, qmax=127, symmetric=False)
+        for a, b, c in itertools.permutations(shards)
+    }
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("steps", [15, 255])
+@pytest.mark.parametrize("below", [1 / 3, 3 / 5])
+def test_the_expected_error_is_the_error(steps, below):
+    low, high = -4.0 * below, 4.0 * (1 - below)
+    x = np.random.default_rng(0).standard_normal(200_000)
+    points, counts = RangeFreeHistogram.of(x).points()
+    found = expected_error(points.astype(np.float64), counts, low, high, steps) / x.size
+    assert found == pytest.approx(quantization_error(x, low, high, steps), rel=0.03)
+
+
+@pytest.mark.parametrize("steps", [15, 255])
+def test_mse_finds_nearly_the_best_range(steps):
+    x = np.random.default_rng(0).laplace(size=50_000)
+    low, high = clip_range(RangeFreeHistogram.of(x), Method.MSE, qmin=0, qmax=steps, symmetric=True)
+    best = min(quantization_error(x, -t, t, steps) for t in np.linspace(0.5, 12, 200))
+    assert quantization_error(x, low, high, steps) <= 1.03 * best
+
+
+def test_percentile_cuts_the_tails_that_numpy_would():
+    x = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    low, high = clip_range(
+        RangeFreeHistogram.of(x), "percentile", qmin=0, qmax=255, symmetric=False, percentile=99.9
+    )
+    assert (low, high) == pytest.approx(np.percentile(x, [0.1, 99.9]), rel=0.01)
+
+
+def test_entropy_ignores_a_lone_outlier():
+    x = np.append(np.random.default_rng(0).standard_normal(100_000), 60.0)
+    low, high = clip_range(
+        RangeFreeHistogram.of(x), Method.ENTROPY, qmin=-128, qmax=127, symmetric=True
+    )
+    assert 3 < high < 20
+    assert low == -high
+
+
+def test_divergence_is_what_its_definition_gives():
+    rng = np.random.default_rng(0)
+    density = np.where(rng.random(64) < 0.8, rng.random(64), 0.0)
+    density[39] = 0.5
+    levels, end = 8, 40
+    kept = density[:end]
+    p = kept.copy()
+    p[-1] += density[end:].sum()
+    q = np.zeros(end)
+    level = np.arange(end) * levels // end
+    for i in range(levels):
+        some = (level == i) & (kept > 0)
+        q[some] = kept[level == i].sum() / some.sum()
+    p, q = p / p.sum(), q / q.sum()
+    expected = np.sum(p[p > 0] * np.log(p[p > 0] / q[p > 0]))
+    assert divergence(density, np.array([end]), levels)[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", Method)
+def test_nothing_and_zeros_give_an_empty_range(method):
+    for histogram in (RangeFreeHistogram.empty(), RangeFreeHistogram.of(np.zeros(9))):
+        assert clip_range(histogram, method, qmin=0, qmax=255, symmetric=False) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"method": "median"}, {"percentile": 50.0}, {"percentile": 101.0}, {"qmax": 0}]
+)
+def test_senseless_options_are_refused(wrong):
+    options = {"method": "mse", "qmin": 0, "qmax": 255, "symmetric": False} | wrong
+    with pytest.raises(ValueError, match=r"median|percentile|qmin"):
+        clip_range(RangeFreeHistogram.of(np.ones(3)), **options)
