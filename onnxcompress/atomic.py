@@ -86,6 +86,20 @@ class Draft:
             self._temporary.unlink(missing_ok=True)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write `path` whole or not at all.
+
+    Raises:
+        OSError: as the system has it; what was there before is untouched.
+    """
+    with Draft(path.parent) as draft:
+        draft.write(content)
+        draft.flush()
+        with locked(path.parent):
+            draft.publish(path)
+        sync(path.parent)
+
+
 @contextmanager
 def locked(folder: Path) -> Generator[None]:
     """Be the only one that names files in `folder`, cleared of what killed processes left."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -58,7 +57,7 @@ class Histogram(Protocol):
     def minimum(self) -> float: ...
     @property
     def maximum(self) -> float: ...
-    def points(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]: ...
+    def points(self) -> tuple[Array, Array]: ...
 
 
 class Statistics(Protocol):

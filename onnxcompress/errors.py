@@ -19,9 +19,13 @@ class InputError(OnnxCompressError):
 
 
 class GateError(OnnxCompressError):
-    """The result exists but a gate was not met, so nothing was written."""
+    """The result exists but a gate was not met, so nothing was written; `report` says more."""
 
     exit_code = 3
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class IntegrityError(OnnxCompressError):

@@ -1,5 +1,40 @@
 """The passes, one graph rewrite a file, in the order in which a pipeline runs them."""
 
 from onnxcompress.contract import Pass
+from onnxcompress.passes.deduplicate_initializers import DeduplicateInitializers
+from onnxcompress.passes.fold_batchnorm import FoldBatchnorm
+from onnxcompress.passes.fold_constants import FoldConstants
+from onnxcompress.passes.fold_scales import FoldScales
+from onnxcompress.passes.fuse_gemm import FuseGemm
+from onnxcompress.passes.infer_shapes import InferShapes
+from onnxcompress.passes.insert_qdq import InsertQdq
+from onnxcompress.passes.prune_magnitude import PruneMagnitude
+from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
+from onnxcompress.passes.raise_opset import RaiseOpset
+from onnxcompress.passes.remove_identity import RemoveIdentity
+from onnxcompress.passes.remove_unused import RemoveUnused
+from onnxcompress.passes.settle_initializers import SettleInitializers
+from onnxcompress.passes.sum_to_add import SumToAdd
 
-ALL: tuple[type[Pass], ...] = ()
+EXACT: tuple[type[Pass], ...] = (
+    SettleInitializers,
+    RemoveIdentity,  # so that constants behind them are seen
+    FoldConstants,
+    FoldBatchnorm,
+    FoldScales,
+    RemoveIdentity,  # reshapes and factors that turned out to do nothing
+    RemoveUnused,
+    DeduplicateInitializers,
+)
+"""What `optimize` runs, in this order: the float function stays as it is."""
+
+ALL: tuple[type[Pass], ...] = (
+    *dict.fromkeys(EXACT),
+    RaiseOpset,
+    InferShapes,
+    SumToAdd,
+    FuseGemm,
+    PruneMagnitude,
+    InsertQdq,
+    QuantizeDynamic,
+)

@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress import targets
-from onnxcompress.contract import CalibratedPass, Histogram, Kind, Result, Want
+from onnxcompress.contract import Array, CalibratedPass, Histogram, Kind, Result, Skip, Want
 from onnxcompress.numerics.affine import RANGES, Affine, affine, quantize
 from onnxcompress.numerics.thresholds import clip_range
-from onnxcompress.operators import constant, data_inputs, output_range
+from onnxcompress.operators import constant, data_inputs, output_range, slope
 from onnxcompress.placement import Placement, absorbed_output, matches, place
 from onnxcompress.quantized_weights import WeightStore
 
@@ -65,6 +65,10 @@ class InsertQdq(CalibratedPass):
 
     def call(self, model: ir.Model) -> Result:
         plan = self._place(model)
+        opset = model.graph.opset_imports.get("", 0)
+        if plan.kernels and opset < targets.load(self.target).opset:
+            reason = f"opset {opset} has no per-channel DequantizeLinear"
+            return Result(model, modified=False, skips=(Skip("", "", reason), *plan.skips))
         if not plan.kernels:
             return Result(model, modified=False, skips=tuple(plan.skips))
         statistics = self.observed(model)
@@ -89,7 +93,7 @@ class InsertQdq(CalibratedPass):
         dtype = self.activations or scheme.dtype
         qmin, qmax = RANGES[dtype]
         low, high = clip_range(
-            histogram,
+            _as_consumed(value, histogram),
             self.method,
             qmin=qmin,
             qmax=qmax,
@@ -101,6 +105,36 @@ class InsertQdq(CalibratedPass):
         if bounds is not None:
             low, high = max(low, bounds[0]), min(high, bounds[1])
         return affine(low, high, dtype, symmetric=scheme.symmetric)
+
+
+@dataclass(frozen=True, slots=True)
+class _Weighted:
+    """A histogram whose points count by how much of their error is left behind an activation."""
+
+    histogram: Histogram
+    consumer: ir.Node
+
+    @property
+    def minimum(self) -> float:
+        return self.histogram.minimum
+
+    @property
+    def maximum(self) -> float:
+        return self.histogram.maximum
+
+    def points(self) -> tuple[Array, Array]:
+        x, counts = self.histogram.points()
+        factor = slope(self.consumer, x.astype(np.float64))
+        return x, counts if factor is None else counts * np.square(factor)
+
+
+def _as_consumed(value: ir.Value, histogram: Histogram) -> Histogram:
+    """LeakyRelu shrinks negative values, and their errors: the range may cut them shorter."""
+    uses = value.uses()
+    if value.is_graph_output() or len(uses) != 1:
+        return histogram
+    (usage,) = uses
+    return _Weighted(histogram, usage.node)
 
 
 class _Rewrite:

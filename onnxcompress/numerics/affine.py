@@ -81,7 +81,7 @@ def quantize(x: FloatArray, parameters: Affine) -> Array:
     """The integers that QuantizeLinear gives for `x` (any shape), saturated to the type."""
     scale, zero_point = _broadcast(parameters, x.ndim)
     qmin, qmax = parameters.range
-    q = np.rint(x / scale)
+    q = np.asarray(np.rint(x / scale))
     q += zero_point
     np.clip(q, qmin, qmax, out=q)
     return q.astype(parameters.dtype)

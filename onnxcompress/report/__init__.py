@@ -25,7 +25,16 @@ from onnxcompress.pipeline import Record
 from onnxcompress.report.gating import GateResult, check
 from onnxcompress.validate import Validation
 
-__all__ = ["Attempt", "GateResult", "Measured", "ModelFile", "Report", "check", "to_json"]
+__all__ = [
+    "Attempt",
+    "GateResult",
+    "Measured",
+    "ModelFile",
+    "Report",
+    "check",
+    "to_json",
+    "to_plain",
+]
 
 SCHEMA = 1
 """Raised when a key of the JSON changes its meaning or goes away."""
@@ -99,29 +108,29 @@ class Report:
 
 def to_json(report: Report, *, indent: int | None = 2) -> str:
     """The report as JSON, keys sorted, infinities as the strings "inf" and "-inf"."""
-    content = cast("dict[str, Any]", _plain(report))
+    content = cast("dict[str, Any]", to_plain(report))
     content["schema"] = SCHEMA
     content["measured"]["pass_seconds"] = [p.pop("seconds") for p in content["passes"]]
     return json.dumps(content, sort_keys=True, indent=indent, allow_nan=False)
 
 
-def _plain(value: object) -> object:
+def to_plain(value: object) -> object:
     """`value` in what JSON has; sets are sorted, what JSON lacks is spelled as text."""
     if value is None or (isinstance(value, bool | int | str) and not isinstance(value, Enum)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         items = cast("Mapping[object, object]", value).items()
-        return {str(key): _plain(item) for key, item in items}
+        return {str(key): to_plain(item) for key, item in items}
     if isinstance(value, set | frozenset):
-        return sorted((_plain(item) for item in cast("set[object]", value)), key=str)
+        return sorted((to_plain(item) for item in cast("set[object]", value)), key=str)
     if isinstance(value, Enum):
-        return _plain(value.value)
+        return to_plain(value.value)
     if isinstance(value, Iterable):
-        return [_plain(item) for item in cast("Iterable[object]", value)]
+        return [to_plain(item) for item in cast("Iterable[object]", value)]
     if isinstance(value, np.generic):
-        return _plain(cast(object, value.item()))
+        return to_plain(cast(object, value.item()))
     return str(value)

@@ -1,0 +1,167 @@
+"""The verbs in Python: each takes a model, gives back a new one, and leaves the old as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from onnxcompress import schemes
+from onnxcompress.contract import Pass, Statistics, Want
+from onnxcompress.data import Data, Images, interface, open_data
+from onnxcompress.errors import InputError
+from onnxcompress.model_io import load
+from onnxcompress.observe import Observations, Progress, observe
+from onnxcompress.passes.insert_qdq import InsertQdq
+from onnxcompress.passes.prune_magnitude import PruneMagnitude
+from onnxcompress.pipeline import Outcome, run
+
+ModelLike = ir.Model | str | Path
+Started = Callable[[str], None]
+
+SAMPLES = 512
+"""Feeds that calibration reads at most, unless told otherwise; more change no threshold."""
+
+
+def optimize(model: ModelLike, *, started: Started | None = None) -> Outcome:
+    """Apply the exact rewrites: fold batchnorm, constants and scales, drop what nothing reads.
+
+    Args:
+        model: a model in memory or the path of one.
+        started: told the name of each pass before it runs.
+
+    Raises:
+        InputError: if the model cannot be loaded.
+    """
+    return run(as_model(model), schemes.exact(), started=started)
+
+
+def calibrate(
+    model: ModelLike,
+    data: Any,
+    *,
+    target: str = "cpu",
+    samples: int = SAMPLES,
+    images: Images | None = None,
+    progress: Progress | None = None,
+    executor: Executor | None = None,
+) -> Observations:
+    """Observe what static quantization of `model` needs, for `quantize(statistics=...)`.
+
+    Statistics of several runs, of other data or on other machines, merge with
+    `Observations.merge` to what one run over all of the data gives.
+
+    Args:
+        data: anything that `open_data` opens.
+        samples: feeds to read at most.
+        images: how an image becomes the input; needed for a folder of images.
+        progress: called with the feeds done and how many there are.
+        executor: runs shards of the data, in other processes or machines if it likes.
+
+    Raises:
+        InputError: if the model or the data cannot be used.
+    """
+    model = as_model(model)
+    opened = as_data(data, model, images)
+    model = run(model, schemes.before_static(target)).model
+    wants = InsertQdq(target=target).wants(model)
+    return observer(opened, samples, progress, executor)(model, wants)
+
+
+def quantize(
+    model: ModelLike,
+    data: Any = None,
+    *,
+    scheme: Literal["static", "dynamic"] = "static",
+    statistics: Statistics | None = None,
+    target: str = "cpu",
+    samples: int = SAMPLES,
+    images: Images | None = None,
+    progress: Progress | None = None,
+    started: Started | None = None,
+    executor: Executor | None = None,
+    **options: Any,
+) -> Outcome:
+    """Quantize a model to 8 bits, after the exact rewrites.
+
+    Args:
+        data: what to calibrate with; static quantization needs it, or `statistics`.
+        scheme: static (activations too, from statistics) or dynamic (activations at run time).
+        statistics: what `calibrate` gave.
+        options: those of the pass, `InsertQdq` or `QuantizeDynamic`.
+
+    Raises:
+        InputError: if the model or the data cannot be used, or neither data nor statistics are
+            given where they are needed.
+    """
+    model = as_model(model)
+    if scheme == "dynamic":
+        return run(model, schemes.dynamic(target, **options), started=started)
+    if data is None and statistics is None:
+        raise InputError(
+            "static quantization needs calibration data: give some, or use the dynamic scheme"
+        )
+    watch = None
+    if data is not None:
+        watch = observer(as_data(data, model, images), samples, progress, executor)
+    passes = schemes.static(target, **options)
+    return run(model, passes, statistics=statistics, observer=watch, started=started)
+
+
+def prune(
+    model: ModelLike,
+    sparsity: float | None = None,
+    *,
+    started: Started | None = None,
+    **options: Any,
+) -> Outcome:
+    """Set the weights of least magnitude to zero, after the exact rewrites.
+
+    Args:
+        sparsity: share of weights to zero, in [0, 1).
+        options: those of `PruneMagnitude`.
+
+    Raises:
+        InputError: if the model cannot be loaded or the options make no sense.
+    """
+    passes: tuple[Pass, ...] = (*schemes.exact(), PruneMagnitude(sparsity=sparsity, **options))
+    return run(as_model(model), passes, started=started)
+
+
+def load_statistics(path: str | Path) -> Observations:
+    """Statistics that `calibrate` gave and `save` wrote.
+
+    Raises:
+        InputError: if the file cannot be read or holds something else.
+    """
+    return Observations.load(Path(path))
+
+
+def as_model(model: ModelLike) -> ir.Model:
+    """The model itself, loaded if it is a path."""
+    return model if isinstance(model, ir.Model) else load(model)
+
+
+def as_data(source: Any, model: ir.Model, images: Images | None = None) -> Data:
+    """The data, opened against the model's inputs and checked."""
+    return open_data(source, interface(model), images=images)
+
+
+def observer(
+    data: Data,
+    samples: int = SAMPLES,
+    progress: Progress | None = None,
+    executor: Executor | None = None,
+) -> Callable[[ir.Model, Sequence[Want]], Observations]:
+    """Observes models on the first `samples` feeds of `data`."""
+    chosen = data.first(samples)
+
+    def watch(model: ir.Model, wants: Sequence[Want]) -> Observations:
+        return observe(
+            model, chosen, wants, total=chosen.size, progress=progress, executor=executor
+        )
+
+    return watch

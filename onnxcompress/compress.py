@@ -1,0 +1,346 @@
+"""The main job: try what may help, measure each variant, keep the best, and never a worse one."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import onnx_ir as ir
+
+from onnxcompress import schemes
+from onnxcompress.api import SAMPLES, as_data, observer
+from onnxcompress.contract import Pass
+from onnxcompress.data import Data, Images
+from onnxcompress.errors import GateError, InputError
+from onnxcompress.gates import Gate
+from onnxcompress.latency import paired_latency
+from onnxcompress.measure import random_feed
+from onnxcompress.model_io import check_writable, load, save
+from onnxcompress.observe import Progress
+from onnxcompress.pipeline import Outcome, run
+from onnxcompress.recipe import Recipe
+from onnxcompress.report import Attempt, Measured, ModelFile, Report, check
+from onnxcompress.session import Feed
+from onnxcompress.validate import validate
+
+Scheme = Literal["auto", "static", "dynamic", "none"]
+Passes = tuple[Pass, ...]
+Stage = Callable[[str], Progress]
+"""Told the name of each stage; gives back what is told of the stage's progress."""
+
+DEFAULT_GATES: Final = (
+    Gate("size_ratio", "<=", 1.0),
+    Gate("latency_ratio", "<=", 1.03),
+    Gate("sqnr", ">=", 10.0),
+)
+"""Held against every variant when no gate is given; 3 % is what two runs of one model differ by."""
+DEFAULT_DROP: Final = Gate("accuracy_drop", "<=", 0.02)
+"""Added where there are labels."""
+
+_HELD_OUT: Final = 0.2
+_MADE_UP: Final = 8
+_MADE_UP_NOTE: Final = "no data was given: models were compared on made-up inputs"
+_EXACT: Final = "exact rewrites only"
+_ALIKE: Final = 1.03
+_LATENCY_SECONDS: Final = 4.0
+
+
+def compress(
+    source: str | Path,
+    output: str | Path,
+    *,
+    calibrate: Any = None,
+    evaluate: Any = None,
+    recipe: Recipe | None = None,
+    target: str = "cpu",
+    scheme: Scheme = "auto",
+    gates: Sequence[Gate] = (),
+    images: Images | None = None,
+    samples: int = SAMPLES,
+    threads: int = 1,
+    stage: Stage | None = None,
+) -> Report:
+    """Compress the model at `source` and write the best variant that passes the gates to `output`.
+
+    Tries the schemes in turn (static and dynamic quantization, or the recipe), then the exact
+    rewrites alone. Each variant is saved, run beside the original on held-out data, and timed in
+    turns with it. Of those that pass all gates the fastest is kept; among equally fast ones, the
+    most faithful.
+
+    Args:
+        calibrate: data that static quantization observes; without it only dynamic is tried.
+        evaluate: data to compare on; the last fifth of `calibrate` is held out when None, and
+            made-up inputs are used where there is no data at all.
+        recipe: passes to run in place of the schemes, with its own gates and target.
+        scheme: try only this one; "none" applies the exact rewrites alone.
+        gates: bounds that the result must hold; `DEFAULT_GATES` when empty.
+        images: how an image becomes the input; needed for a folder of images.
+        samples: feeds that calibration reads at most.
+        threads: threads of one operator while latency is measured.
+        stage: told of each stage.
+
+    Raises:
+        InputError: if the model, the data or the output cannot be used.
+        GateError: if no variant passes the gates; nothing was written. `GateError.report` has
+            the figures of the variant that came nearest.
+    """
+    check_writable(output)
+    job = _Job(
+        source=Path(source),
+        target=recipe.target if recipe else target,
+        gates=(*(recipe.gates if recipe else ()), *gates),
+        samples=samples,
+        threads=threads,
+        stage=stage or _silent,
+    )
+    with job.timed("load"):
+        job.open(calibrate, evaluate, images)
+    for name, passes in job.plans(recipe, scheme):
+        job.attempt(name, passes)
+    best = job.best()
+    report = job.report(best)
+    if best.refusal:
+        raise GateError(f"{source}: no variant passes the gates: {best.refusal}", report)
+    with job.timed("save"):
+        save(best.outcome.model, output)
+    measured = dataclasses.replace(report.measured, seconds=dict(job.seconds))
+    return dataclasses.replace(report, result=ModelFile.of(Path(output)), measured=measured)
+
+
+def compare(
+    original: str | Path,
+    candidate: str | Path,
+    *,
+    data: Any = None,
+    gates: Sequence[Gate] = (),
+    samples: int = SAMPLES,
+    images: Images | None = None,
+    threads: int = 1,
+    stage: Stage | None = None,
+) -> Report:
+    """Compare two model files on the same inputs: quality, size and latency, and hold the gates.
+
+    Args:
+        data: anything that `open_data` opens; made-up inputs when None.
+        samples: feeds to compare on at most.
+
+    Raises:
+        InputError: if a model or the data cannot be used or the interfaces differ.
+    """
+    model = load(original)
+    notes: tuple[str, ...] = (_MADE_UP_NOTE,)
+    evaluation: Data | list[Feed]
+    if data is None:
+        evaluation = _made_up(model)
+    else:
+        evaluation = as_data(data, model, images).first(samples)
+        notes = evaluation.notes
+    report = _compare(
+        Path(original), Path(candidate), evaluation, threads=threads, stage=stage or _silent
+    )
+    return dataclasses.replace(
+        report, gates=check(gates, report), notes=notes, versions=_versions()
+    )
+
+
+def _compare(
+    original: Path,
+    candidate: Path,
+    evaluation: Data | Sequence[Feed],
+    *,
+    threads: int,
+    stage: Stage,
+) -> Report:
+    begin = time.perf_counter()
+    feeds = _watched(evaluation, len(evaluation), stage("comparing"))
+    labels = evaluation.labels if isinstance(evaluation, Data) else None
+    validation = validate(original, candidate, feeds, labels=labels)
+    middle = time.perf_counter()
+    stage("timing")(0, None)
+    feed = next(iter(evaluation))
+    latency = paired_latency(original, candidate, feed, threads=threads, seconds=_LATENCY_SECONDS)
+    seconds = {"validate": middle - begin, "latency": time.perf_counter() - middle}
+    return Report(
+        verb="validate",
+        source=ModelFile.of(original),
+        result=ModelFile.of(candidate),
+        validation=validation,
+        measured=Measured(latency=latency, seconds=seconds),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Variant:
+    scheme: str
+    outcome: Outcome
+    report: Report
+
+    @property
+    def refusal(self) -> str:
+        """The first gate that it misses, as a sentence; empty where it misses none."""
+        return next((gate.reason for gate in self.report.gates if not gate.passed), "")
+
+    @property
+    def latency(self) -> float:
+        latency = self.report.measured.latency
+        return latency.ratio if latency else 1.0
+
+    @property
+    def sqnr(self) -> float:
+        outputs = self.report.validation.outputs if self.report.validation else ()
+        return min((o.sqnr for o in outputs if o.sqnr is not None), default=float("inf"))
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """What the attempts share, and what came of them."""
+
+    source: Path
+    target: str
+    gates: tuple[Gate, ...]
+    samples: int
+    threads: int
+    stage: Stage
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    notes: list[str] = field(default_factory=list[str])
+    attempts: list[Attempt] = field(default_factory=list[Attempt])
+    variants: list[_Variant] = field(default_factory=list[_Variant])
+
+    def open(self, calibrate: Any, evaluate: Any, images: Images | None) -> None:
+        """Load the model and open the data, holding some of it out where it serves for both."""
+        self.model = load(self.source)
+        self.calibration = None if calibrate is None else as_data(calibrate, self.model, images)
+        held_out = None if evaluate is None else as_data(evaluate, self.model, images)
+        if held_out is None and self.calibration is not None:
+            self.calibration, held_out = self.calibration.split(_HELD_OUT)
+            self.notes.append(
+                f"the last {held_out.size} of {len(self.calibration) + len(held_out)} feeds were "
+                "held out of calibration and used to compare"
+            )
+        for data in (self.calibration, held_out):
+            self.notes.extend(data.notes if data else ())
+        if held_out is None:
+            self.notes.append(_MADE_UP_NOTE)
+            self.evaluation: Data | list[Feed] = _made_up(self.model)
+        else:
+            self.evaluation = held_out.first(self.samples)
+        if not self.gates:
+            labelled = isinstance(self.evaluation, Data) and self.evaluation.labels is not None
+            self.gates = (*DEFAULT_GATES, DEFAULT_DROP) if labelled else DEFAULT_GATES
+        self.original = ModelFile.of(self.source)
+
+    def plans(self, recipe: Recipe | None, scheme: Scheme) -> Iterator[tuple[str, Passes]]:
+        """The variants to try, by name, the exact rewrites last."""
+        if recipe is not None:
+            yield "recipe", recipe.passes
+        elif scheme in ("auto", "static"):
+            if self.calibration is not None:
+                yield "static", schemes.static(self.target)
+            elif scheme == "static":
+                raise InputError("the static scheme needs calibration data: give some")
+        if recipe is None and scheme in ("auto", "dynamic"):
+            yield "dynamic", schemes.dynamic(self.target)
+        yield _EXACT, schemes.exact()
+
+    def attempt(self, name: str, passes: Passes) -> None:
+        """Make a variant and measure it beside the original; a model it cannot make is noted."""
+        data = self.calibration
+        progress = self.stage(f"{name}: calibrating")
+        watch = None if data is None else observer(data, self.samples, progress)
+        try:
+            with self.timed(f"{name}: passes"):
+                outcome = run(self.model, passes, observer=watch)
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / self.source.with_suffix(".onnx").name
+                save(outcome.model, path)
+                variant = self._measure(name, outcome, path)
+        except InputError as error:
+            if name == _EXACT:
+                raise
+            self.attempts.append(Attempt(scheme=name, kept=False, because=str(error)))
+            return
+        self.variants.append(variant)
+
+    def _measure(self, name: str, outcome: Outcome, path: Path) -> _Variant:
+        measured = _compare(
+            self.source,
+            path,
+            self.evaluation,
+            threads=self.threads,
+            stage=lambda part: self.stage(f"{name}: {part}"),
+        )
+        for part, seconds in measured.measured.seconds.items():
+            self.seconds[f"{name}: {part}"] = seconds
+        report = dataclasses.replace(
+            measured,
+            verb="compress",
+            source=self.original,
+            target=self.target,
+            passes=outcome.records,
+        )
+        gated = dataclasses.replace(report, gates=check(self.gates, report))
+        return _Variant(scheme=name, outcome=outcome, report=gated)
+
+    def best(self) -> _Variant:
+        """Of the variants that pass, the most faithful of the fastest; else the first."""
+        passing = [v for v in self.variants if not v.refusal]
+        if not passing:
+            return self.variants[0]
+        fastest = min(v.latency for v in passing)
+        return max((v for v in passing if v.latency <= fastest * _ALIKE), key=lambda v: v.sqnr)
+
+    def report(self, best: _Variant) -> Report:
+        """The report of the variant that is kept, with the story of the others."""
+        story = [
+            Attempt(scheme=v.scheme, kept=v is best and not v.refusal, because=_because(v, best))
+            for v in self.variants
+        ]
+        return dataclasses.replace(
+            best.report,
+            attempts=(*self.attempts, *story),
+            notes=tuple(self.notes),
+            versions=_versions(),
+            measured=dataclasses.replace(best.report.measured, seconds=dict(self.seconds)),
+        )
+
+    @contextmanager
+    def timed(self, name: str) -> Generator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def _because(variant: _Variant, best: _Variant) -> str:
+    figures = f"{variant.latency:.2f}x the latency, SQNR {variant.sqnr:.1f} dB"
+    if variant.refusal:
+        return f"{variant.refusal} ({figures})"
+    if variant is best:
+        return f"the best that passed all gates ({figures})"
+    return f"passed, but {best.scheme} was better ({figures})"
+
+
+def _made_up(model: ir.Model) -> list[Feed]:
+    return [random_feed(model, seed=seed) for seed in range(_MADE_UP)]
+
+
+def _silent(name: str) -> Progress:
+    return lambda done, total: None
+
+
+def _watched(data: Iterable[Feed], total: int | None, progress: Progress) -> Iterator[Feed]:
+    for done, feed in enumerate(data):
+        progress(done, total)
+        yield feed
+
+
+def _versions() -> dict[str, str]:
+    packages = ("onnxcompress", "onnxruntime", "onnx", "onnx-ir", "onnxscript", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,69 @@
+"""Shows a bench of models and the inspection of one in a terminal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from onnxcompress.inspect import Inspection
+from onnxcompress.measure import Measurement
+from onnxcompress.report.summary import clean
+from onnxcompress.report.summary import size as format_size
+
+_MOST_OPERATORS = 12
+
+
+def show_bench(models: Sequence[Measurement], console: Console) -> None:
+    """Print a line a model; ratios are against the first, timed in turns with it."""
+    table = Table(box=None, header_style="dim")
+    table.add_column("model", overflow="fold")
+    for column in ("size", "p50 ms", "p90 ms", "peak memory", "against the first"):
+        table.add_column(column, justify="right")
+    for model in models:
+        pair = model.against_first
+        ratio = "" if pair is None else f"{pair.ratio:.3f} ({pair.low:.3f} to {pair.high:.3f})"
+        figures = (format_size(model.size), f"{model.p50_ms:.3f}", f"{model.p90_ms:.3f}")
+        row = (clean(Path(model.path).name), *figures, format_size(model.peak_memory), ratio)
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def show_inspection(found: Inspection, console: Console) -> None:
+    """Print what is in the model and what would run on integers."""
+    opsets = ", ".join(f"{clean(domain) or 'onnx'} {v}" for domain, v in found.opsets.items())
+    console.print(Text(clean(found.name), style="bold"))
+    facts = {
+        "size": format_size(found.size),
+        "made for": f"IR version {found.ir_version}, opset {opsets}",
+        "parameters": f"{found.parameters:,}",
+        "stored as": _joined({k: format_size(v) for k, v in found.dtypes.items()}),
+        "inputs": "; ".join(f"{clean(p.name)}: {p.describe()}" for p in found.inputs),
+        "outputs": "; ".join(clean(o) for o in found.outputs),
+        "operators": _joined(found.operators),
+        "nodes folded": f"{found.folded} by the exact rewrites",
+        f"integers on {found.target}": _joined(found.integer) or "nothing",
+    }
+    table = Table(box=None, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, fact in facts.items():
+        table.add_row(Text(name), Text(fact))
+    console.print(table)
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for skip in found.skips:
+        reasons[skip.op, skip.reason].append(skip.node)
+    for (op, reason), nodes in reasons.items():
+        line = f"stays in float: {len(nodes)} {clean(op)}, {clean(reason)} (such as {nodes[0]!r})"
+        console.print(Text(line))
+
+
+def _joined(counts: Mapping[str, int | str]) -> str:
+    items = [f"{clean(name)} {count}" for name, count in counts.items()]
+    more = len(items) - _MOST_OPERATORS
+    shown = items[: _MOST_OPERATORS + (more == 1)]
+    return ", ".join(shown) + (f", and {more} kinds more" if more > 1 else "")

@@ -1,0 +1,40 @@
+"""Which passes make up each way of compressing a model, in order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnxcompress import targets
+from onnxcompress.contract import Pass
+from onnxcompress.passes import EXACT
+from onnxcompress.passes.fuse_gemm import FuseGemm
+from onnxcompress.passes.infer_shapes import InferShapes
+from onnxcompress.passes.insert_qdq import InsertQdq
+from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
+from onnxcompress.passes.raise_opset import RaiseOpset
+from onnxcompress.passes.remove_unused import RemoveUnused
+from onnxcompress.passes.sum_to_add import SumToAdd
+
+_DYNAMIC_OPSET = 13
+
+
+def exact() -> tuple[Pass, ...]:
+    """Rewrites that leave the float function as it is."""
+    return tuple(kind() for kind in EXACT)
+
+
+def before_static(target: str = "cpu") -> tuple[Pass, ...]:
+    """What comes before pairs are placed; calibration observes the model as it is after these."""
+    opset = targets.load(target).opset
+    return (*exact(), RaiseOpset(minimum=opset), InferShapes(), SumToAdd(), FuseGemm())
+
+
+def static(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
+    """Weights and activations as integers; `options` are those of `InsertQdq`."""
+    return (*before_static(target), InsertQdq(target=target, **options), RemoveUnused())
+
+
+def dynamic(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
+    """Weights as integers, activations at run time; `options` are those of `QuantizeDynamic`."""
+    opset = RaiseOpset(minimum=_DYNAMIC_OPSET)
+    return (*exact(), opset, QuantizeDynamic(target=target, **options), RemoveUnused())
