@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxcompress import atomic, model_io
 from onnxcompress.errors import InputError, OnnxCompressError
 from onnxcompress.mapped import MappedTensor
+from tests.benchmarks import scale
 
 WEIGHT = np.random.default_rng(0).normal(size=(160, 160)).astype(np.float32)  # 100 KiB
 
@@ -644,3 +645,12 @@ def test_killed_at_any_moment(inline: Path, tmp_path: Path):
     command = [sys.executable, "-c", _SAVE_AND_KILL, str(tmp_path), str(inline)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("inline_limit", [1 << 30, 1 << 20], ids=["one file", "with data file"])
+def test_memory_does_not_grow_with_the_weights(inline_limit: int, tmp_path: Path):
+    source = scale.weights_of(tmp_path, mebibytes=96, each=4)
+    extra, _ = scale.extra_memory(source, tmp_path / "out.onnx", "double", inline_limit)
+    assert extra < 24
+    last = model_io.load(tmp_path / "out.onnx").graph.initializers["w23"].const_value
+    assert last is not None and last.numpy()[0, :2].tolist() == [48.0, 0.0]

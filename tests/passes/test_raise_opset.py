@@ -302,7 +302,7 @@ def corpus() -> list[Path]:
 
 
 def test_onnxs_own_models():
-    """Those in the onnx package that ONNX Runtime runs; node tests are in the benchmarks."""
+    """Those that ONNX Runtime runs; `benchmarks/opsets.py` has the node tests."""
     converted = 0
     for folder in corpus():
         model = onnx.load(folder / "model.onnx")
