@@ -50,6 +50,9 @@ _TYPES: Final[dict[str, frozenset[ir.DataType]]] = (
     | dict.fromkeys(_ELEMENTWISE | _SUMS, _MATH_TYPES)
     | {"Cast": _MATH_TYPES | {ir.DataType.FLOAT16}}
 )
+EVALUATED: Final = frozenset(_TYPES)
+"""Operators that `evaluation` may accept."""
+
 _ROUNDING: Final = "the runtime may round this type differently"
 """ONNX Runtime computes much of 16-bit arithmetic in float32, and rounds only now and then."""
 

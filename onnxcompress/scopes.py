@@ -54,6 +54,10 @@ class Names:
             for value in dict.fromkeys(chain(graph.inputs, initializers, outputs)):
                 (self._repeated if value.name in seen else seen).add(value.name)
 
+    def unique(self, name: str | None) -> bool:
+        """Whether no other value has this name."""
+        return name not in self._repeated
+
     def reach(self, name: str | None, graph: ir.Graph | None, value: ir.Value) -> bool:
         """Whether `name`, as defined in `graph`, means the same to all that read `value`."""
         return name not in self._repeated or all(u.node.graph is graph for u in value.uses())

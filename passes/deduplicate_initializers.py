@@ -13,6 +13,7 @@ from onnxcompress.contract import Pass, Result, Skip
 from onnxcompress.scopes import Names, subgraphs
 
 _PROBE: Final = 256
+_HOISTED: Final = 1024
 
 _Scopes = dict[ir.Graph, "ir.Graph | None"]
 """Graphs from the outside in, each with the graph around it."""
@@ -29,7 +30,8 @@ class DeduplicateInitializers(Pass):
     A shared weight is harder to change, so this comes last among the exact passes. Bytes are read
     of initializers that agree in type and shape only, and beyond a few elements at both ends only
     of those that agree there too; a tensor in a file is streamed. A subgraph's initializer gives
-    way to an equal one of a graph around it.
+    way to an equal one of a graph around it; equal ones of separate subgraphs move into the graph
+    around both, unless they are small.
 
     Graph inputs (which the caller may override) and graph outputs are left alone, as are strings
     and tensors that are computed on demand. Skipped: an initializer whose readers would find
@@ -43,26 +45,51 @@ class DeduplicateInitializers(Pass):
         merged: list[int] = []
         skips: list[Skip] = []
         for root in (model.graph, *model.functions.values()):
-            _merge(root, merged, skips)
+            _merge(root, merged, skips, hoist=(model.ir_version or 4) >= 4)
         figures = {"merged": len(merged), "bytes_saved": sum(merged)}
         return Result(model, modified=bool(merged), skips=tuple(skips), figures=figures)
 
 
-def _merge(root: ir.Graph | ir.Function, merged: list[int], skips: list[Skip]) -> None:
+def _merge(
+    root: ir.Graph | ir.Function, merged: list[int], skips: list[Skip], *, hoist: bool
+) -> None:
     scopes = dict(_scopes(root, None))
     values = [v for graph in scopes for v in graph.initializers.values() if _is_private(v)]
     names: Names | None = None
     for equal in _equal(values):
         names = names or Names(root)
+        if hoist and names.unique(equal[0].name):
+            _hoist(equal, scopes)
         kept: dict[ir.Graph | None, ir.Value] = {}
         for value in equal:
-            stays = _visible(kept, value.graph, scopes)
+            stays = next((kept[g] for g in _outward(value.graph, scopes) if g in kept), None)
             if stays is None:
                 kept[value.graph] = value
             elif names.reach(stays.name, stays.graph, value):
                 merged.append(_replace(value, stays))
             else:
                 skips.append(Skip(value.name or "", "initializer", "a subgraph hides its equal"))
+
+
+def _hoist(equal: list[ir.Value], scopes: _Scopes) -> None:
+    """Move the first of the equal initializers to where all of their readers see it."""
+    first = equal[0]
+    graph, tensor = first.graph, first.const_value
+    assert graph is not None and tensor is not None
+    around = list(_outward(graph, scopes))
+    for other in dict.fromkeys(v.graph for v in equal):
+        seen = set(_outward(other, scopes))
+        around = [g for g in around if g in seen]
+    if around and around[0] is not graph and tensor.nbytes >= _HOISTED:
+        del graph.initializers[first.name or ""]
+        around[0].register_initializer(first)
+
+
+def _outward(graph: ir.Graph | None, scopes: _Scopes) -> Iterator[ir.Graph]:
+    """`graph` and the graphs around it."""
+    while graph is not None:
+        yield graph
+        graph = scopes[graph]
 
 
 def _scopes(
@@ -129,15 +156,6 @@ class _Digest:
     def write(self, data: Any) -> int:
         self.hash.update(data)
         return len(data)
-
-
-def _visible(
-    kept: dict[ir.Graph | None, ir.Value], graph: ir.Graph | None, scopes: _Scopes
-) -> ir.Value | None:
-    """What has been kept in `graph` or around it."""
-    while graph is not None and graph not in kept:
-        graph = scopes[graph]
-    return kept.get(graph)
 
 
 def _replace(value: ir.Value, stays: ir.Value) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Array, Pass, Result, Skip
-from onnxcompress.evaluate import Tensors, Undecided, evaluation
+from onnxcompress.evaluate import EVALUATED, Tensors, Undecided, evaluation
 from onnxcompress.operators import DEFAULT_DOMAINS, constant_tensor
 from onnxcompress.scopes import Declared, subgraphs
 
@@ -47,7 +47,7 @@ class FoldConstants(Pass):
     name: ClassVar[str] = "fold_constants"
     exact: ClassVar[bool] = True
 
-    max_bytes: int = _LARGE
+    max_bytes: int = 4 << 20
     """How many bytes the model may gain by values that are larger than what they come from."""
 
     def call(self, model: ir.Model) -> Result:
@@ -74,6 +74,10 @@ class _Folding:
     skips: list[Skip] = field(default_factory=list[Skip])
     uses: Counter[ir.Value] = field(default_factory=Counter[ir.Value])
     """Uses left of each value: `Value.uses` copies them, which is quadratic for shared values."""
+    folds: dict[ir.Value, bool] = field(default_factory=dict[ir.Value, bool])
+    """Whether all readers of a value can be expected to fold, as they stand at the first."""
+    going: set[ir.Value] = field(default_factory=set[ir.Value])
+    """Constants whose bytes have been counted as gone."""
 
     def __post_init__(self) -> None:
         self.declared = Declared(self.model)
@@ -133,17 +137,27 @@ class _Folding:
         return [_tensor(evaluate, i, array, inputs) for i, array in enumerate(arrays)]
 
     def _charge(self, node: ir.Node, nbytes: int) -> None:
-        """Charge the growth to the budget: what the outputs add less the inputs that they free."""
+        """Charge the growth to the budget: what the outputs add less the inputs that go."""
         here = Counter(v for v in node.inputs if v is not None)
-        freed = sum(
-            tensor.nbytes
-            for value, count in here.items()
-            if self.uses[value] == count and (tensor := constant_tensor(value)) is not None
-        )
-        growth = max(0, nbytes - freed)
-        if self.gained + growth > self.max_bytes:
+        going = [v for v, n in here.items() if v not in self.going and self._goes(v, n)]
+        growth = nbytes - sum(t.nbytes for v in going if (t := constant_tensor(v)) is not None)
+        if growth > 0 and self.gained + growth > self.max_bytes:
             raise Undecided(f"would add {growth} bytes to the model (max_bytes={self.max_bytes})")
         self.gained += growth
+        self.going.update(going)
+
+    def _goes(self, value: ir.Value, uses: int) -> bool:
+        """Whether `value` will be gone when its readers are folded; `uses` are of this one."""
+        if value.is_graph_output() or value.is_graph_input():
+            return False
+        if self.uses[value] == uses:
+            return True
+        if value not in self.folds:
+            self.folds[value] = all(
+                use.node.op_type in EVALUATED and self._inputs(use.node) is not None
+                for use in value.uses()
+            )
+        return self.folds[value]
 
     def _become_initializers(self, node: ir.Node, results: Sequence[ir.TensorProtocol]) -> None:
         graph = node.graph

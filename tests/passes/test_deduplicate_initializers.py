@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import parser
+from onnx import numpy_helper, parser
 
 from onnxcompress import operators
 from onnxcompress.passes.deduplicate_initializers import DeduplicateInitializers
@@ -116,6 +116,27 @@ def test_an_outer_one_serves_a_branch_but_not_the_other_way() -> None:
         branches = [a.g for a in after.graph.node[1].attribute]
         assert [names(after.graph), *map(names, branches)] == [["a"], ["d"], ["f"]]
         assert result.figures["merged"] == 1
+
+
+@pytest.mark.parametrize(("ir_version", "places"), [(9, [1, 0, 0]), (3, [0, 1, 1])])
+def test_equal_ones_of_two_branches_move_out_of_them(ir_version: int, places: list[int]) -> None:
+    """Not in IR version 3, where an initializer of the main graph would have to be an input."""
+    proto = model("""
+        g (float[300] x, bool c) => (float[300] y) {
+            y = If(c) <
+                then_branch = t () => (float[300] p) { p = Add(x, a) },
+                else_branch = e () => (float[300] q) { q = Mul(x, b) }
+            >
+        }""")
+    array = np.arange(300, dtype=np.float32)
+    for branch, name in zip(proto.graph.node[0].attribute, "ab", strict=True):
+        branch.g.initializer.append(numpy_helper.from_array(array, name))
+    proto.ir_version = ir_version
+    for flag in (True, False) if ir_version > 3 else ():
+        check_exact(PASS, proto, feed={"x": np.ones(300, np.float32), "c": np.array(flag)})
+    after, _ = apply(PASS, proto)
+    branches = [a.g for a in after.graph.node[0].attribute]
+    assert [len(g.initializer) for g in (after.graph, *branches)] == places
 
 
 def test_a_name_that_a_branch_uses_again() -> None:
