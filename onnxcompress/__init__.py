@@ -1,1 +1,85 @@
 """Make trained ONNX models smaller and faster, and prove that they still work."""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxcompress.api import calibrate, load_statistics, optimize, prune, quantize
+    from onnxcompress.contract import CalibratedPass, Pass, Result, Skip, Want
+    from onnxcompress.data import open_data
+    from onnxcompress.errors import GateError, InputError, IntegrityError, OnnxCompressError
+    from onnxcompress.gates import Gate
+    from onnxcompress.images import Images
+    from onnxcompress.inspection import inspect
+    from onnxcompress.job import compress, validate
+    from onnxcompress.measure import bench
+    from onnxcompress.model_io import load, save
+    from onnxcompress.pipeline import run
+    from onnxcompress.recipe import Recipe
+    from onnxcompress.report import Report
+
+    __version__: str
+
+# What is imported when it is first asked for: `import onnxcompress` alone costs nothing. No
+# module has the name of a function here, or importing it would hide the function.
+_MODULES = {
+    "api": ("calibrate", "load_statistics", "optimize", "prune", "quantize"),
+    "contract": ("CalibratedPass", "Pass", "Result", "Skip", "Want"),
+    "data": ("open_data",),
+    "errors": ("GateError", "InputError", "IntegrityError", "OnnxCompressError"),
+    "gates": ("Gate",),
+    "images": ("Images",),
+    "inspection": ("inspect",),
+    "job": ("compress", "validate"),
+    "measure": ("bench",),
+    "model_io": ("load", "save"),
+    "pipeline": ("run",),
+    "recipe": ("Recipe",),
+    "report": ("Report",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "CalibratedPass",
+    "Gate",
+    "GateError",
+    "Images",
+    "InputError",
+    "IntegrityError",
+    "OnnxCompressError",
+    "Pass",
+    "Recipe",
+    "Report",
+    "Result",
+    "Skip",
+    "Want",
+    "bench",
+    "calibrate",
+    "compress",
+    "inspect",
+    "load",
+    "load_statistics",
+    "open_data",
+    "optimize",
+    "prune",
+    "quantize",
+    "run",
+    "save",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("onnxcompress")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -15,9 +15,9 @@ import click
 from onnxcompress.errors import GateError, InputError, OnnxCompressError
 
 if TYPE_CHECKING:
-    from onnxcompress.compress import Scheme
     from onnxcompress.gates import Gate
     from onnxcompress.images import Images
+    from onnxcompress.job import Scheme
     from onnxcompress.observe import Progress
     from onnxcompress.pipeline import Outcome
     from onnxcompress.report import Report
@@ -159,7 +159,7 @@ def compress(
     slower (latency_ratio <= 1.03, the noise of a measurement), must keep sqnr >= 10 dB on every
     output and, where there are labels, accuracy_drop <= 0.02.
     """
-    from onnxcompress.compress import compress as run
+    from onnxcompress.job import compress as run
     from onnxcompress.recipe import Recipe
 
     _check_report(report)
@@ -343,11 +343,11 @@ def validate(
     as_json: bool,
 ) -> None:
     """Compare any CANDIDATE with its ORIGINAL on the same inputs: quality, size and latency."""
-    from onnxcompress.compress import compare
+    from onnxcompress.job import validate as run
 
     _check_report(report)
     with _stages(as_json) as stage:
-        done = compare(
+        done = run(
             original,
             candidate,
             data=data,
@@ -383,7 +383,7 @@ def bench(models: tuple[Path, ...], seconds: float, threads: int, as_json: bool)
 @_json
 def inspect(model: Path, target: str, as_json: bool) -> None:
     """Show what is in MODEL, what would run on integers, and what would not and why."""
-    from onnxcompress.inspect import inspect as run
+    from onnxcompress.inspection import inspect as run
     from onnxcompress.report import listing, to_plain
 
     found = run(model, target=target)

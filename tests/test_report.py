@@ -38,7 +38,7 @@ from onnxcompress.report.summary import (
     skip_groups,
 )
 from onnxcompress.report.terminal import show
-from onnxcompress.validate import OutputFigures, Validation
+from onnxcompress.validation import OutputFigures, Validation
 
 EVIL = "<script>alert(1)</script>[red]\x1b[2J\"'&"
 

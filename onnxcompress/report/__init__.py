@@ -23,7 +23,7 @@ from onnxcompress.measure import Measurement
 from onnxcompress.model_io import size_on_disk
 from onnxcompress.pipeline import Record
 from onnxcompress.report.gating import GateResult, check
-from onnxcompress.validate import Validation
+from onnxcompress.validation import Validation
 
 __all__ = [
     "Attempt",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from onnxcompress.gates import Gate
 from onnxcompress.numerics.decisions import Metric
-from onnxcompress.validate import OutputFigures
+from onnxcompress.validation import OutputFigures
 
 if TYPE_CHECKING:
     from onnxcompress.report import Report

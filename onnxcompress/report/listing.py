@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onnxcompress.inspect import Inspection
+from onnxcompress.inspection import Inspection
 from onnxcompress.measure import Measurement
 from onnxcompress.report.summary import clean
 from onnxcompress.report.summary import size as format_size

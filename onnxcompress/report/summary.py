@@ -14,7 +14,7 @@ from enum import StrEnum
 from onnxcompress.contract import Figure, Skip
 from onnxcompress.numerics.decisions import Metric
 from onnxcompress.report import Report
-from onnxcompress.validate import OutputFigures
+from onnxcompress.validation import OutputFigures
 
 _SAME = 0.005
 """Relative difference below which two amounts are called the same."""

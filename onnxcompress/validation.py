@@ -75,7 +75,7 @@ class Validation:
         return [layer for layer in ranked[:count] if layer.added > 0]
 
 
-def validate(
+def compare(
     original: ir.Model | Path | str,
     candidate: ir.Model | Path | str,
     data: Iterable[Feed],

@@ -29,7 +29,7 @@ from onnxcompress.pipeline import Outcome, run
 from onnxcompress.recipe import Recipe
 from onnxcompress.report import Attempt, Measured, ModelFile, Report, check
 from onnxcompress.session import Feed
-from onnxcompress.validate import validate
+from onnxcompress.validation import compare
 
 Scheme = Literal["auto", "static", "dynamic", "none"]
 Passes = tuple[Pass, ...]
@@ -115,7 +115,7 @@ def compress(
     return dataclasses.replace(report, result=ModelFile.of(Path(output)), measured=measured)
 
 
-def compare(
+def validate(
     original: str | Path,
     candidate: str | Path,
     *,
@@ -143,7 +143,7 @@ def compare(
     else:
         evaluation = as_data(data, model, images).first(samples)
         notes = evaluation.notes
-    report = _compare(
+    report = _measured(
         Path(original), Path(candidate), evaluation, threads=threads, stage=stage or _silent
     )
     return dataclasses.replace(
@@ -151,7 +151,7 @@ def compare(
     )
 
 
-def _compare(
+def _measured(
     original: Path,
     candidate: Path,
     evaluation: Data | Sequence[Feed],
@@ -162,7 +162,7 @@ def _compare(
     begin = time.perf_counter()
     feeds = _watched(evaluation, len(evaluation), stage("comparing"))
     labels = evaluation.labels if isinstance(evaluation, Data) else None
-    validation = validate(original, candidate, feeds, labels=labels)
+    validation = compare(original, candidate, feeds, labels=labels)
     middle = time.perf_counter()
     stage("timing")(0, None)
     feed = next(iter(evaluation))
@@ -270,7 +270,7 @@ class _Job:
         self.variants.append(variant)
 
     def _measure(self, name: str, outcome: Outcome, path: Path) -> _Variant:
-        measured = _compare(
+        measured = _measured(
             self.source,
             path,
             self.evaluation,

@@ -18,7 +18,7 @@ from onnxcompress.errors import InputError
 from onnxcompress.numerics.decisions import Agreement, Metric, Scorer, within_top
 from onnxcompress.numerics.fidelity import Fidelity
 from onnxcompress.session import Feed, Session
-from onnxcompress.validate import validate
+from onnxcompress.validation import compare
 
 CHAIN = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -56,7 +56,7 @@ def feeds(count: int = 3, rows: int = 2, seed: int = 0) -> list[dict[str, np.nda
 
 
 def test_a_model_is_exactly_itself():
-    found = validate(chain(), chain(), feeds())
+    found = compare(chain(), chain(), feeds())
     (y,) = found.outputs
     assert found.feeds == 3 and not found.failures and not found.warnings
     assert y.max_error == y.max_relative == 0 and y.sqnr == math.inf
@@ -66,7 +66,7 @@ def test_a_model_is_exactly_itself():
 
 
 def test_a_scaled_output_has_the_sqnr_of_its_scale():
-    (y,) = validate(chain(), chain(second=1.1), feeds(), top_k=2).outputs
+    (y,) = compare(chain(), chain(second=1.1), feeds(), top_k=2).outputs
     peak = max(np.maximum(f["x"], 0).max() for f in feeds())
     assert y.sqnr == pytest.approx(20, abs=1e-3)
     assert y.max_error == pytest.approx(0.1 * peak, rel=1e-4)
@@ -75,7 +75,7 @@ def test_a_scaled_output_has_the_sqnr_of_its_scale():
 
 
 def test_layers_say_where_the_error_enters():
-    found = validate(chain(), chain(first=1.1), feeds())
+    found = compare(chain(), chain(first=1.1), feeds())
     by_name = {layer.tensor: layer for layer in found.layers}
     assert list(by_name) == ["a", "b", "y"], "in graph order, without what only moved"
     assert by_name["a"].sqnr == pytest.approx(20, abs=1e-3)
@@ -91,42 +91,42 @@ def test_layers_pair_by_the_names_given_and_may_be_left_out():
     for node in other.graph:
         if node.outputs[0].name == "a":
             node.outputs[0].name = "renamed"
-    paired = validate(chain(), other, feeds(), names={"a": "renamed"})
+    paired = compare(chain(), other, feeds(), names={"a": "renamed"})
     assert "a" in {layer.tensor for layer in paired.layers}
-    assert "a" not in {layer.tensor for layer in validate(chain(), other, feeds()).layers}
-    assert validate(chain(), other, feeds(), layers=False).layers == ()
+    assert "a" not in {layer.tensor for layer in compare(chain(), other, feeds()).layers}
+    assert compare(chain(), other, feeds(), layers=False).layers == ()
 
 
 def test_models_without_a_common_tensor_have_no_layers():
-    found = validate(one("y = Identity(x)"), one("y = Identity(x)"), feeds())
+    found = compare(one("y = Identity(x)"), one("y = Identity(x)"), feeds())
     assert found.layers == () and found.outputs[0].sqnr == math.inf
 
 
 def test_only_the_first_feeds_are_tapped():
     data = feeds(2)
     data[1]["x"] = data[1]["x"] * 0 + 1
-    only_first = validate(chain(), chain(first=1.1), data, layer_feeds=1).layers
-    assert only_first == validate(chain(), chain(first=1.1), data[:1]).layers
+    only_first = compare(chain(), chain(first=1.1), data, layer_feeds=1).layers
+    assert only_first == compare(chain(), chain(first=1.1), data[:1]).layers
 
 
 def test_paths_and_models_mix(tmp_path: Path):
     path = tmp_path / "m.onnx"
     ir.save(chain(), path)
     for original, candidate in ((path, chain()), (str(path), path)):
-        assert validate(original, candidate, feeds()).outputs[0].sqnr == math.inf
+        assert compare(original, candidate, feeds()).outputs[0].sqnr == math.inf
 
 
 def test_nan_in_the_candidate_is_a_failure_and_enters_no_sum():
     candidate = one("z = Sqrt(x) s = Mul(z, z) y = Identity(s)")
     data = [{"x": np.array([[4, -1, 1, 9]], np.float32)}]
-    found = validate(one("y = Identity(x)"), candidate, data)
+    found = compare(one("y = Identity(x)"), candidate, data)
     assert found.outputs[0].broken == 1 and found.outputs[0].max_error == pytest.approx(0, abs=1e-5)
     assert "'y'" in found.failures[0] and "1 NaN or infinite" in found.failures[0]
 
 
 def test_infinities_of_the_original_are_nobodys_error():
     data = [{"x": np.array([[0, 1, 2, 4]], np.float32)}]
-    found = validate(one("y = Log(x)"), one("y = Log(x)"), data)
+    found = compare(one("y = Log(x)"), one("y = Log(x)"), data)
     assert found.outputs[0].sqnr == math.inf and not found.failures
 
 
@@ -134,28 +134,28 @@ def test_another_shape_at_run_time_is_a_failure():
     header = '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 4] x) => (float[M, K] y)'
     kept = ir.from_onnx_text(header + "{ y = Identity(x) }")
     turned = ir.from_onnx_text(header + "{ y = Transpose(x) }")
-    found = validate(kept, turned, feeds())
+    found = compare(kept, turned, feeds())
     assert "[2, 4] in the original, [4, 2] in the candidate" in found.failures[0]
     assert found.outputs[0].skipped
 
 
 def test_sequences_are_skipped_with_a_reason():
     m = one("y = SequenceConstruct(x, x)", out="seq(float[N, 4])")
-    found = validate(m, m, feeds())
+    found = compare(m, m, feeds())
     assert "not a tensor" in found.outputs[0].skipped and not found.failures
 
 
 def test_integer_outputs_agree_element_by_element():
     least = one("y = ArgMin<axis = 1, keepdims = 0>(x)", out="int64[N]")
     most = one("y = ArgMax<axis = 1, keepdims = 0>(x)", out="int64[N]")
-    assert validate(most, most, feeds()).outputs[0].agreement == 1
-    assert validate(most, least, feeds()).outputs[0].agreement == 0
+    assert compare(most, most, feeds()).outputs[0].agreement == 1
+    assert compare(most, least, feeds()).outputs[0].agreement == 0
 
 
 def test_accuracy_of_classes_before_and_after():
     data = [{"x": np.eye(4, dtype=np.float32)}]
     flipped = one("y = Neg(x)")
-    (y,) = validate(one("y = Identity(x)"), flipped, data, labels=[0, 1, 2, 0]).outputs
+    (y,) = compare(one("y = Identity(x)"), flipped, data, labels=[0, 1, 2, 0]).outputs
     assert y.score and (y.score.metric, y.score.original) == (Metric.ACCURACY, 0.75)
     assert y.score.candidate == 0.25, "the first of three equal scores wins for the last row"
     assert y.agreement == 0
@@ -166,29 +166,29 @@ def test_labels_come_with_the_data():
         labels = np.array([3])
 
     data = Labelled([{"x": np.array([[0, 0, 0, 1]], np.float32)}])
-    (y,) = validate(chain(), chain(), data).outputs
+    (y,) = compare(chain(), chain(), data).outputs
     assert y.score and y.score.original == y.score.candidate == 1
 
 
 def test_labels_must_be_as_many_as_the_samples():
     with pytest.raises(InputError, match="5 labels but output 'y' gave 6 samples"):
-        validate(chain(), chain(), feeds(), labels=[0] * 5)
+        compare(chain(), chain(), feeds(), labels=[0] * 5)
 
 
 def test_labels_that_fit_nothing_are_told():
-    found = validate(chain(), chain(), feeds(), labels=np.zeros((6, 7)))
+    found = compare(chain(), chain(), feeds(), labels=np.zeros((6, 7)))
     assert found.outputs[0].score is None and "fit no output" in found.warnings[0]
 
 
 @pytest.mark.parametrize("labels", ["cat", [["a"]], 3])
 def test_labels_that_are_no_numbers_by_sample_are_refused(labels: object):
     with pytest.raises(InputError, match="labels must be an array of numbers"):
-        validate(chain(), chain(), feeds(), labels=labels)  # pyright: ignore[reportArgumentType]
+        compare(chain(), chain(), feeds(), labels=labels)  # pyright: ignore[reportArgumentType]
 
 
 def test_no_feeds_is_an_input_error():
     with pytest.raises(InputError, match="no feeds"):
-        validate(chain(), chain(), [])
+        compare(chain(), chain(), [])
 
 
 @pytest.mark.parametrize(
@@ -202,10 +202,10 @@ def test_no_feeds_is_an_input_error():
 )
 def test_interfaces_that_differ_are_told_in_one_sentence(candidate: ir.Model, said: str | None):
     if said is None:
-        validate(one("y = Identity(x)"), candidate, feeds())
+        compare(one("y = Identity(x)"), candidate, feeds())
         return
     with pytest.raises(InputError, match=said) as failure:
-        validate(one("y = Identity(x)"), candidate, feeds())
+        compare(one("y = Identity(x)"), candidate, feeds())
     assert "\n" not in str(failure.value)
 
 
@@ -215,9 +215,9 @@ def test_a_missing_output_is_told():
         "g (float[N, 4] x) => (float[N, 4] y, float[N, 4] z) { y = Neg(x) z = Abs(x) }"
     )
     with pytest.raises(InputError, match="output 'z' is absent in the original"):
-        validate(one("y = Neg(x)"), two, feeds())
+        compare(one("y = Neg(x)"), two, feeds())
     with pytest.raises(InputError, match=r"output 'z' .* absent in the candidate"):
-        validate(two, one("y = Neg(x)"), feeds())
+        compare(two, one("y = Neg(x)"), feeds())
 
 
 W = "w = Constant<value = float[4, 4] {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}>()"
@@ -252,8 +252,8 @@ def test_hidden_states_have_no_decisions_but_scores_of_tokens_have():
     tokens = one("y = Softmax(x)", "float[N, 3, 4]", "float[N, 3, 4]")
     hidden = one("y = Tanh(x)", "float[N, 3, 4]", "float[N, 3, 4]")
     data = [{"x": np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)}]
-    assert validate(tokens, tokens, data).outputs[0].agreement == 1
-    assert validate(hidden, hidden, data).outputs[0].agreement is None
+    assert compare(tokens, tokens, data).outputs[0].agreement == 1
+    assert compare(hidden, hidden, data).outputs[0].agreement is None
 
 
 @given(hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-100, 100, width=32)))
@@ -319,7 +319,7 @@ def test_a_tensor_is_compared_as_the_next_node_takes_it():
         "s = Constant<value = float {0.015625}>() z = Constant<value = uint8 {0}>()"
         "r = Neg(x) q = QuantizeLinear(r, s, z) d = DequantizeLinear(q, s, z) y = Neg(d)"
     )
-    (relu, end) = validate(clipped, taken_over, feeds()).layers
+    (relu, end) = compare(clipped, taken_over, feeds()).layers
     assert relu.tensor == "r" and relu.sqnr > 30 and end.sqnr == pytest.approx(relu.sqnr)
 
 
@@ -333,8 +333,8 @@ def test_what_the_runtime_loses_is_told_apart(monkeypatch: pytest.MonkeyPatch):
     def choose(*args: Any, **kwargs: Any) -> Session:
         return next(kinds)(*args, **kwargs)
 
-    monkeypatch.setattr("onnxcompress.validate.Session", choose)
-    (warning,) = validate(chain(), chain(), feeds()).warnings
+    monkeypatch.setattr("onnxcompress.validation.Session", choose)
+    (warning,) = compare(chain(), chain(), feeds()).warnings
     assert "'y' has 20.0 dB as ONNX Runtime runs it" in warning
 
 
@@ -345,6 +345,6 @@ def test_a_model_whose_insides_cannot_be_given_out_is_still_validated(
         raise InputError("ONNX Runtime refuses")
 
     monkeypatch.setattr("onnxcompress.layers.Session", refuse)
-    found = validate(chain(), chain(), feeds())
+    found = compare(chain(), chain(), feeds())
     assert found.layers == () and found.outputs[0].sqnr == math.inf
     assert found.warnings == ("layers were not compared: ONNX Runtime refuses",)
