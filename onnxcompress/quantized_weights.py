@@ -28,6 +28,9 @@ from onnxcompress.operators import (
 )
 from onnxcompress.targets import Target
 
+FLOAT = "onnxcompress.float"
+"""Key in `ir.Value.meta` of an integer constant: the float tensor that it stands for."""
+
 _LARGEST_BIAS = 2.0**30
 _LAZY_SIZE = 1 << 20
 _INT8_MAX = 127
@@ -177,7 +180,7 @@ class WeightStore:
         parameters = self._weight_parameters(node, array, biases, data)
         self._replace(node, row.weight, weight, parameters, _kernel_order(node, array.ndim))
         if row.bias is not None and bias is not None:
-            scale = np.maximum(data.scale * parameters.scale, SMALLEST_SCALE)
+            scale = np.asarray(np.maximum(data.scale * parameters.scale, SMALLEST_SCALE))
             zero = np.zeros(scale.shape, np.int32)
             axis = None if parameters.axis is None else 0
             self._replace(node, row.bias, bias, Affine(scale, zero, "int32", axis))
@@ -237,6 +240,7 @@ class WeightStore:
         shape = ir.Shape(source.shape.numpy())
         tensor = _computed(integers, parameters.dtype, source.shape.numpy())
         stored = self.initializer(f"{name}_quantized", tensor)
+        stored.meta[FLOAT] = source
         attributes = {} if parameters.axis is None else {"axis": parameters.axis}
         restore = ir.node(
             "DequantizeLinear", [stored, *self.parameters(name, parameters)], attributes

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
+from onnx_ir.passes.common import shape_inference
 
 from onnxcompress.contract import Pass, Result, Skip
 
@@ -26,11 +27,23 @@ class InferShapes(Pass):
 
     def call(self, model: ir.Model) -> Result:
         outputs = [(v, v.type, v.shape) for v in model.graph.outputs]
+        logger, complaints = logging.getLogger(shape_inference.__name__), _Complaints()
+        logger.addFilter(complaints)
         try:
-            modified = ShapeInferencePass()(model).modified
-        except Exception as error:  # the checker behind it raises its own kinds
-            reason = f"shape inference failed: {' '.join(str(error).split())[:200]}"
-            return Result(model, modified=False, skips=(Skip("", "", reason),))
+            modified = shape_inference.ShapeInferencePass()(model).modified
+        finally:
+            logger.removeFilter(complaints)
         for value, type_, shape in outputs:
             value.type, value.shape = type_, shape
-        return Result(model, modified=modified)
+        skips = (Skip("", "", "ONNX's shape inference failed"),) if complaints.heard else ()
+        return Result(model, modified=modified, skips=skips)
+
+
+class _Complaints(logging.Filter):
+    """Hears what the inference logs when it fails, which is all that it does then."""
+
+    heard = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.heard = self.heard or record.levelno >= logging.WARNING
+        return False

@@ -49,7 +49,7 @@ class InsertQdq(CalibratedPass):
     """Runtime whose kernels and schemes are aimed at."""
     activations: Literal["uint8", "int8"] | None = None
     """Type of activations; the target's own when None."""
-    method: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
+    method: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
     """How an activation's range is chosen from its histogram."""
     percentile: float = 99.999
     """Share of values, in percent, that the range covers with method percentile."""
