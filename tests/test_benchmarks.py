@@ -1,0 +1,62 @@
+"""The benchmarks run from end to end; what they measure is for `make bench` to say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.benchmarks import job, resnet50
+from tests.benchmarks.__main__ import main
+from tests.benchmarks.samples import feeds
+from tests.benchmarks.table import Goal
+
+
+def test_both_quantizers_are_compared_on_a_small_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "tables.md"
+    main(["--quick", "--only", "compare", "segment_tabular", "--markdown", str(written)])
+    lines = capsys.readouterr().out.splitlines()
+    assert written.read_text().splitlines() == lines
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in lines if line.startswith("| ")}
+    for tool in ("| ours minmax", "| ORT MinMax"):
+        seconds, _, peak, size, score = map(float, rows[tool][1:6])
+        assert seconds > 0.1 and peak > 50 and size < 0.2 and score > 0.9
+
+
+def test_a_job_tells_its_own_peak_and_not_its_parents() -> None:
+    held = np.ones(30_000_000)  # 240 MB, which a child must not be charged with
+    small = job.run([sys.executable, "-c", "print('done')"])
+    large = job.run([sys.executable, "-c", "bytearray(b'x') * 300_000_000"])
+    assert held.nbytes > 1e6 * small.peak and small.output == "done\n" and not small.failure
+    assert 300 < large.peak < 400
+
+
+def test_a_job_that_fails_says_why_in_one_line() -> None:
+    done = job.run([sys.executable, "-c", "raise SystemExit('first\\nlast word')"])
+    assert done.failure == "last word"
+
+
+def test_samples_are_cut_by_the_rank_of_the_input(tmp_path: Path) -> None:
+    path = tmp_path / "samples.npz"
+    arrays = {"x": np.arange(6).reshape(3, 2), "state": np.zeros((3, 1, 4)), "rate": np.array(16)}
+    np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]
+    found = list(feeds(path, {"x": 2, "state": 2, "rate": 0}))
+    assert [f["x"].tolist() for f in found] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    assert all(f["state"].shape == (1, 4) and f["rate"] == 16 for f in found)
+
+
+def test_goals_are_met_on_the_right_side_of_the_bound() -> None:
+    assert Goal(what="", figure=1.0, bound=1.0).row()[-1] == "pass"
+    assert Goal(what="", figure=1.1, bound=1.0).row()[-1] == "**fail**"
+    assert Goal(what="", figure=0.9, bound=1.0, at_most=False).row()[-1] == "**fail**"
+    assert Goal(what="", figure=None, bound=1.0).row()[-1] == "not measured"
+
+
+def test_pictures_are_the_same_for_the_same_seed() -> None:
+    first, second = resnet50.images(2, seed=1), resnet50.images(2, seed=1)
+    assert first.shape == (2, 3, 224, 224) and first.dtype == np.float32
+    assert np.array_equal(first, second)
