@@ -32,7 +32,7 @@ def test_parameters_hold_zero_exactly_and_cover_the_range(
     parameters = affine(low, high, dtype, symmetric=symmetric)
     assert np.isfinite(parameters.scale) and parameters.scale > np.finfo(np.float32).tiny
     assert dequantize(quantize(np.zeros(1, np.float32), parameters), parameters)[0] == 0
-    ends = np.float32([min(low, 0), max(high, 0)])
+    ends = np.array([min(low, 0), max(high, 0)], np.float32)
     restored = dequantize(quantize(ends, parameters), parameters)
     assert np.all(np.abs(restored - ends) <= parameters.scale * 1.01)
 
@@ -77,7 +77,7 @@ def test_it_rounds_and_saturates_as_onnx_runtime_does(
 def test_symmetric_weights_leave_the_smallest_code_unused() -> None:
     parameters = affine(-3.0, 2.0, "int8", symmetric=True)
     assert parameters.zero_point == 0
-    assert quantize(np.float32([-3.0]), parameters)[0] == -127
+    assert quantize(np.array([-3.0], np.float32), parameters)[0] == -127
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 0.0), (np.nan, 1.0), (0.0, np.inf)])

@@ -54,7 +54,7 @@ class Watch:
 
     def __call__(self, model: ir.Model, wants: Sequence[Want]) -> Statistics:
         self.runs += 1
-        return observe(model, [{"x": np.float32([1, self.runs + 1])}], wants)
+        return observe(model, [{"x": np.array([1, self.runs + 1], np.float32)}], wants)
 
 
 def test_the_callers_model_is_not_altered() -> None:
@@ -75,7 +75,7 @@ def test_neighbours_share_an_observation_until_something_changes() -> None:
 
 def test_given_statistics_are_used_without_running() -> None:
     watch, look = Watch(), Look()
-    statistics = observe(model(), [{"x": np.float32([7, 7])}], [Want("h")])
+    statistics = observe(model(), [{"x": np.array([7, 7], np.float32)}], [Want("h")])
     run(model(), [look], statistics=statistics, observer=watch)
     assert look.seen == [7.0] and watch.runs == 0
 

@@ -20,7 +20,7 @@ from onnxcompress.observe import observe
 from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.remove_unused import RemoveUnused
-from onnxcompress.session import Session, optimized_model
+from onnxcompress.session import Optimization, Session, optimized_model
 from tests.passes.exactness import Net
 
 IMAGE = (2, 8, 10, 10)
@@ -62,8 +62,10 @@ def feeds_of(net: Net, seed: int = 1) -> list[dict[str, Any]]:
     return found
 
 
-def sqnr(a: ir.Model, b: ir.Model, feeds: list[dict[str, Any]], optimization: Any) -> float:
-    first, second = (Session(m, optimization=o) for m, o in ((a, "none"), (b, optimization)))
+def sqnr(
+    a: ir.Model, b: ir.Model, feeds: list[dict[str, Any]], optimization: Optimization
+) -> float:
+    first, second = Session(a, optimization="none"), Session(b, optimization=optimization)
     worst = np.inf
     for feed in feeds:
         expected, found = first.run(feed), second.run(feed)
@@ -245,7 +247,9 @@ def test_softmax_between_products_stays_in_float() -> None:
     net = Net()
     x = net.input("x", 2, 6, 16)
     scores = net.op("MatMul", x, net.op("Transpose", x, perm=[0, 2, 1]))
-    masked = net.op("Add", scores, net.weight("mask", np.float32([0, 0, 0, 0, -1e30, -1e30])))
+    masked = net.op(
+        "Add", scores, net.weight("mask", np.array([0, 0, 0, 0, -1e30, -1e30], np.float32))
+    )
     net.op("MatMul", net.op("Softmax", masked), x, out="y")
     net.output("y")
     check(net, {"MatMulIntegerToFloat": 2, "Softmax": 1, "QLinearSoftmax": 0, "Add": 1})
