@@ -10,7 +10,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from onnxcompress.contract import Array, Kind, Want
 from onnxcompress.errors import InputError
 from onnxcompress.numerics.exact_sum import GRIDS, ExactSum
 from onnxcompress.numerics.histogram import RangeFreeHistogram, Unobservable, extremes
+from onnxcompress.numerics.row_sample import Patches, RowSample
 
 _SCHEMA = 1
 _NO_AXIS = -1000
@@ -59,7 +60,7 @@ class ChannelRange:
         )
 
 
-Kept = RangeFreeHistogram | ChannelRange | ExactSum
+Kept = RangeFreeHistogram | ChannelRange | ExactSum | RowSample
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,10 @@ class Observations:
     def mean(self, value: str, axis: int) -> Array:
         """Mean of each channel, float64 [n]."""
         return self._find(Want(value, Kind.MEAN, axis), ExactSum).mean()
+
+    def rows(self, value: str, patches: Patches) -> Array:
+        """A sample of the rows that `patches` cuts out of the value, [n, K] in its own type."""
+        return self._find(Want(value, Kind.ROWS, patches=patches), RowSample).rows
 
     def missing(self, wants: Iterable[Want]) -> list[Want]:
         """Those of `wants` that were not observed; `reasons` may know why."""
@@ -150,14 +155,25 @@ class Observations:
         return found
 
 
-def _key(want: Want) -> tuple[str, str, int]:
+def _key(want: Want) -> tuple[str, str, int, str]:
     """Sorts, and is what a file holds."""
-    return want.value, want.kind.value, _NO_AXIS if want.axis is None else want.axis
+    axis = _NO_AXIS if want.axis is None else want.axis
+    patches = "" if want.patches is None else json.dumps(asdict(want.patches))
+    return want.value, want.kind.value, axis, patches
 
 
-def _want(key: tuple[str, str, int]) -> Want:
-    value, kind, axis = key
-    return Want(str(value), Kind(kind), None if axis == _NO_AXIS else int(axis))
+def _want(key: tuple[str, str, int, str]) -> Want:
+    value, kind, axis, patches = key
+    return Want(
+        str(value),
+        Kind(kind),
+        None if axis == _NO_AXIS else int(axis),
+        _patches(json.loads(patches)) if patches else None,
+    )
+
+
+def _patches(fields: Mapping[str, Any]) -> Patches:
+    return Patches(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def _packed(observations: Observations) -> dict[str, Array]:
@@ -175,6 +191,11 @@ def _packed(observations: Observations) -> dict[str, Array]:
         elif isinstance(found, ChannelRange):
             parts["ranges"].append(np.stack([found.minimum, found.maximum]))
             entry["size"] = len(found.minimum)
+        elif isinstance(found, RowSample):
+            parts["priorities"].append(found.priorities)
+            parts["rows"].append(np.ascontiguousarray(found.rows).view(np.uint8).reshape(-1))
+            entry |= {"size": len(found.rows), "dtype": found.rows.dtype.str}
+            entry["width"] = found.rows.shape[1]
         else:
             parts["words"].append(found.words)
             entry |= {"size": found.words.shape[1], "count": found.count}
@@ -191,6 +212,8 @@ _EMPTY: dict[str, Array] = {
     "extremes": np.empty(0, np.float64),
     "ranges": np.empty((2, 0), np.float32),
     "words": np.empty((len(GRIDS), 0), np.int64),
+    "priorities": np.empty(0, np.uint64),
+    "rows": np.empty(0, np.uint8),
 }
 
 
@@ -202,17 +225,22 @@ def _unpacked(arrays: Mapping[str, Array]) -> Observations:
     kept: dict[Want, Kept] = {}
     for entry in manifest["kept"]:
         want = _want(entry["want"])
-        kept[want] = _kept(want.kind, entry, parts)
+        kept[want] = _kept(want, entry, parts)
     reasons = {_want(key): str(reason) for key, reason in manifest["reasons"]}
     return Observations(kept, reasons)
 
 
-def _kept(kind: Kind, entry: Mapping[str, Any], parts: Mapping[str, _Reader]) -> Kept:
-    size = int(entry["size"])
+def _kept(want: Want, entry: Mapping[str, Any], parts: Mapping[str, _Reader]) -> Kept:
+    kind, size = want.kind, int(entry["size"])
     if kind is Kind.CHANNEL_RANGE:
         return ChannelRange(*parts["ranges"].take(size))
     if kind is Kind.MEAN:
         return ExactSum(parts["words"].take(size), int(entry["count"]))
+    if want.patches is not None:
+        dtype, width = np.dtype(str(entry["dtype"])), int(entry["width"])
+        content = parts["rows"].take(size * width * dtype.itemsize)
+        rows = content.view(dtype).reshape(size, width)
+        return RowSample(parts["priorities"].take(size), rows, want.patches.rows)
     buckets, counts = parts["buckets"].take(size), parts["counts"].take(size)
     minimum, maximum = (float(x) for x in parts["extremes"].take(2))
     ascending = bool(np.all(buckets[1:] > buckets[:-1]) and np.all(counts > 0))

@@ -31,6 +31,7 @@ from onnxcompress.contract import Array, Kind, Want
 from onnxcompress.errors import InputError
 from onnxcompress.numerics.exact_sum import ExactSum
 from onnxcompress.numerics.histogram import HistogramBuilder, Unobservable
+from onnxcompress.numerics.row_sample import RowSampleBuilder
 from onnxcompress.observations import ChannelRange, Kept, Observations, merge_all
 from onnxcompress.session import Feed, Session
 
@@ -102,8 +103,10 @@ def _plan(model: ir.Model, wants: Sequence[Want]) -> _Plan:
     fed: list[Want] = []
     taps: list[Want] = []
     for want in dict.fromkeys(wants):
-        if want.kind is not Kind.HISTOGRAM and want.axis is None:
+        if want.kind in (Kind.CHANNEL_RANGE, Kind.MEAN) and want.axis is None:
             raise InputError(f"the {want.kind} of {want.value!r} needs an axis")
+        if want.kind is Kind.ROWS and want.patches is None:
+            raise InputError(f"the {want.kind} of {want.value!r} need patches")
         if want.value in inputs:
             fed.append(want)
         elif want.value in produced:
@@ -149,6 +152,10 @@ class _Shard:
             if want not in self._kept:
                 self._kept[want] = HistogramBuilder()
             self._kept[want].add(array)
+        elif want.patches is not None:
+            if want not in self._kept:
+                self._kept[want] = RowSampleBuilder(want.patches)
+            self._kept[want].add(array)
         elif array.size:
             kind = ChannelRange if want.kind is Kind.CHANNEL_RANGE else ExactSum
             found = kind.of(_channels(array, want.axis or 0))
@@ -156,7 +163,7 @@ class _Shard:
 
     def build(self) -> Observations:
         kept: dict[Want, Kept] = {
-            want: found.build() if isinstance(found, HistogramBuilder) else found
+            want: found.build() if isinstance(found, HistogramBuilder | RowSampleBuilder) else found
             for want, found in self._kept.items()
         }
         return Observations(kept, self.reasons).merge(Observations())

@@ -19,10 +19,10 @@ Array = npt.NDArray[Any]
 Buckets = npt.NDArray[np.uint16]
 Counts = npt.NDArray[np.int64]
 
-_BUCKETS = 1 << 16
 _NEGATIVE_ZERO = 0x8000
 _INFINITY = 0x7F800000
-_SAMPLE = 4096
+_SAMPLE = 8192
+_RUN = 16
 _STAGE = 1 << 16
 
 
@@ -53,7 +53,8 @@ class RangeFreeHistogram:
         """
         flat = as_float32(array)
         minimum, maximum = extremes(flat)
-        buckets, counts = _count(bucket_index(flat))
+        nothing = np.empty(0, np.uint16), np.empty(0, np.int64)
+        buckets, counts = _one_zero(*_count(bucket_index(flat), 1, *nothing))
         return cls(buckets, counts, minimum, maximum)
 
     @classmethod
@@ -102,14 +103,14 @@ class RangeFreeHistogram:
 class HistogramBuilder:
     """Builds one histogram from many arrays; not for several threads at once.
 
-    The extremes are exact. An array of more than 8192 elements is sampled for the counts: every
-    k-th element, weighted by k, with k coprime to the array's size so that no axis is favoured,
-    and a start that some of the array's own bits choose, so that it moves from array to array and
-    yet does not depend on their order.
+    The extremes are exact. An array of more than 16384 elements is sampled for the counts: every
+    k-th run of 16 elements (a cache line), weighted by k, with k coprime to the number of runs so
+    that no axis is favoured, and a start that some of the array's own bits choose, so that it
+    moves from array to array and yet does not depend on their order.
     """
 
     def __init__(self) -> None:
-        self._histogram = RangeFreeHistogram.empty()
+        self._buckets, self._counts = np.empty(0, np.uint16), np.empty(0, np.int64)
         self._minimum, self._maximum = math.inf, -math.inf
         self._stage = np.empty(0, np.uint16)
         self._used, self._weight = 0, 1
@@ -128,19 +129,16 @@ class HistogramBuilder:
         self._minimum = min(self._minimum, minimum)
         self._maximum = max(self._maximum, maximum)
         stride = sampling_stride(flat.size)
-        few = flat[:: max(1, flat.size // 16)].view(np.uint32)
-        start = int(few.sum(dtype=np.uint64)) % stride
-        self._append(bucket_index(flat)[start::stride], stride)
+        self._append(_sample(flat, stride), stride)
 
     def build(self) -> RangeFreeHistogram:
         """The histogram of all that was added so far."""
         self._flush()
-        return RangeFreeHistogram(
-            self._histogram.buckets, self._histogram.counts, self._minimum, self._maximum
-        )
+        buckets, counts = _one_zero(self._buckets, self._counts)
+        return RangeFreeHistogram(buckets, counts, self._minimum, self._maximum)
 
     def _append(self, indices: Buckets, weight: int) -> None:
-        # Counting costs a sweep over all 65536 buckets, so it waits for enough to count.
+        # Counting costs a sweep over all buckets, so it waits for enough to count.
         if weight != self._weight or self._used + len(indices) > _STAGE:
             self._flush()
             self._weight = weight
@@ -153,11 +151,9 @@ class HistogramBuilder:
         self._used += len(indices)
 
     def _flush(self) -> None:
-        if self._used:
-            buckets, counts = _count(self._stage[: self._used])
-            found = RangeFreeHistogram(buckets, counts * self._weight, math.inf, -math.inf)
-            self._histogram = self._histogram.merge(found)
-            self._used = 0
+        staged = self._stage[: self._used]
+        self._buckets, self._counts = _count(staged, self._weight, self._buckets, self._counts)
+        self._used = 0
 
 
 def as_float32(array: Array) -> npt.NDArray[np.float32]:
@@ -200,18 +196,43 @@ def bucket_index(flat: npt.NDArray[np.float32]) -> Buckets:
 
 
 def sampling_stride(size: int) -> int:
-    """How far apart the counted elements of an array of `size` elements are."""
+    """One in how many elements of an array of `size` is counted."""
     stride = max(1, size // _SAMPLE)
     if stride == 1:
         return 1
-    while math.gcd(stride, size) > 1:
+    while math.gcd(stride, size // _RUN) > 1:
         stride += 1
     return stride
 
 
-def _count(indices: Buckets) -> tuple[Buckets, Counts]:
-    counts = np.bincount(indices, minlength=_BUCKETS)
-    counts[0] += counts[_NEGATIVE_ZERO]
-    counts[_NEGATIVE_ZERO] = 0
-    buckets = np.flatnonzero(counts)
-    return buckets.astype(np.uint16), counts[buckets].astype(np.int64)
+def _sample(flat: npt.NDArray[np.float32], stride: int) -> Buckets:
+    indices = bucket_index(flat)
+    if stride == 1:
+        return indices
+    start = int(flat[:: flat.size // 16].view(np.uint32).sum(dtype=np.uint64)) % stride
+    runs = flat.size // _RUN
+    return indices[: runs * _RUN].reshape(runs, _RUN)[start::stride].reshape(-1)
+
+
+def _count(
+    indices: Buckets, weight: int, buckets: Buckets, counts: Counts
+) -> tuple[Buckets, Counts]:
+    """The occupied buckets with `weight` more for each of `indices`."""
+    least = int(buckets[-1]) + 1 if len(buckets) else 0
+    dense = np.bincount(indices, minlength=least) * weight
+    dense[buckets] += counts
+    occupied = np.flatnonzero(dense)
+    return occupied.astype(np.uint16), dense[occupied]
+
+
+def _one_zero(buckets: Buckets, counts: Counts) -> tuple[Buckets, Counts]:
+    """With -0 counted as 0."""
+    at = int(np.searchsorted(buckets, _NEGATIVE_ZERO))
+    if at == len(buckets) or buckets[at] != _NEGATIVE_ZERO:
+        return buckets, counts
+    zeros = counts[at]
+    buckets, counts = np.delete(buckets, at), np.delete(counts, at)
+    if not len(buckets) or buckets[0] != 0:
+        return np.insert(buckets, 0, 0), np.insert(counts, 0, zeros)
+    counts[0] += zeros
+    return buckets, counts
