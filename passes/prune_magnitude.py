@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar, Final, Literal
+from functools import partial
+from typing import Any, ClassVar, Final, Literal
 
 import onnx_ir as ir
 
 from onnxcompress.contract import Figure, Pass, Result, Skip
 from onnxcompress.errors import InputError
-from onnxcompress.numerics.magnitudes import Cut, cut_below, cut_smallest, prune
+from onnxcompress.numerics.magnitudes import Cut, cut_below, cut_smallest, prune, pruned_blocks
 from onnxcompress.operators import (
     TABLE,
     Role,
@@ -174,13 +175,27 @@ def _wide(tensors: Sequence[ir.TensorProtocol]) -> bool:
     return any(t.dtype == ir.DataType.DOUBLE for t in tensors)
 
 
-def _pruned(weight: ir.Value, source: ir.TensorProtocol, cut: Cut) -> ir.TensorProtocol:
-    def compute() -> ir.Tensor:
-        return ir.Tensor(prune(source.numpy(), cut), source.dtype, name=weight.name)
+class _PrunedTensor(ir.LazyTensor):
+    """A large tensor that is pruned when it is read, and piece by piece when it is written."""
 
-    if source.nbytes <= _LARGE:
-        return compute()
-    return ir.LazyTensor(compute, source.dtype, ir.Shape(source.shape.numpy()), name=weight.name)
+    def __init__(self, source: ir.TensorProtocol, cut: Cut, name: str | None) -> None:
+        shape = ir.Shape(source.shape.numpy())
+        super().__init__(partial(_computed, source, cut, name), source.dtype, shape, name=name)
+        self._source, self._cut = source, cut
+
+    def tofile(self, file: Any) -> None:
+        """Write the bytes to `file`, little-endian, without holding them all."""
+        for block in pruned_blocks(self._source.numpy(), self._cut):
+            file.write(block.astype(block.dtype.newbyteorder("<"), copy=False).tobytes())
+
+
+def _pruned(weight: ir.Value, source: ir.TensorProtocol, cut: Cut) -> ir.TensorProtocol:
+    make = _computed if source.nbytes <= _LARGE else _PrunedTensor
+    return make(source, cut, weight.name)
+
+
+def _computed(source: ir.TensorProtocol, cut: Cut, name: str | None) -> ir.TensorProtocol:
+    return ir.Tensor(prune(source.numpy(), cut), source.dtype, name=name)
 
 
 def _put(weight: ir.Value, tensor: ir.TensorProtocol) -> None:

@@ -73,17 +73,27 @@ def cut_below(array: Readable, threshold: float, *, wide: bool) -> Cut:
 
 def prune(array: Array, cut: Cut) -> Array:
     """A copy of `array` with the elements of the cut set to zero."""
-    pruned = np.array(array, order="C")
-    flat, start, ties = pruned.reshape(-1), 0, cut.ties
+    pruned = np.empty(array.size, array.dtype)
+    start = 0
+    for block in pruned_blocks(array, cut):
+        pruned[start : start + len(block)] = block
+        start += len(block)
+    return pruned.reshape(array.shape)
+
+
+def pruned_blocks(array: Array, cut: Cut) -> Iterator[Array]:
+    """The elements of `prune(array, cut)` in order, a piece at a time."""
+    flat, start, ties = array.reshape(-1), 0, cut.ties
     for keys in _keys(array, cut.wide):
+        block = flat[start : start + len(keys)].copy()
         chosen = keys < cut.key
         if ties:
             equal = np.flatnonzero(keys == cut.key)[:ties]
             chosen[equal] = True
             ties -= len(equal)
-        flat[start : start + len(keys)][chosen] = 0
+        block[chosen] = 0
         start += len(keys)
-    return pruned
+        yield block
 
 
 def _cut(key: int, ties: int, wide: bool, chosen: int, zeros: int) -> Cut:

@@ -43,10 +43,10 @@ def trim_pairs(rows: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
     weight of the pair gives way, by those steps.
     """
     padded = np.pad(rows.astype(np.int16), ((0, 0), (0, rows.shape[1] % 2)))
-    pairs = padded.reshape(len(rows), -1, 2)
+    pairs = padded.reshape(-1, 2)
     for sign in (1, -1):
-        excess = np.maximum(np.maximum(sign * pairs, 0).sum(axis=2) - PAIR_LIMIT, 0)
-        larger = np.argmax(sign * pairs, axis=2)[..., None]
-        taken = np.take_along_axis(pairs, larger, axis=2) - sign * excess[..., None]
-        np.put_along_axis(pairs, larger, taken.astype(np.int16), axis=2)
+        left, right = np.maximum(sign * pairs[:, 0], 0), np.maximum(sign * pairs[:, 1], 0)
+        over = np.flatnonzero(left + right > PAIR_LIMIT)
+        larger = np.where(left[over] >= right[over], 0, 1)
+        pairs[over, larger] -= sign * (left[over] + right[over] - PAIR_LIMIT)
     return padded[:, : rows.shape[1]].astype(np.int8)
