@@ -49,6 +49,7 @@ _HELD_OUT: Final = 0.2
 _MADE_UP: Final = 8
 _MADE_UP_NOTE: Final = "no data was given: models were compared on made-up inputs"
 _EXACT: Final = "exact rewrites only"
+_AS_IT_CAME: Final = "no variant passed the default gates: the output is the model as it came"
 _ALIKE: Final = 1.03
 _LATENCY_SECONDS: Final = 4.0
 
@@ -73,7 +74,7 @@ def compress(
     Tries the schemes in turn (static and dynamic quantization, or the recipe), then the exact
     rewrites alone. Each variant is saved, run beside the original on held-out data, and timed in
     turns with it. Of those that pass all gates the fastest is kept; among equally fast ones, the
-    most faithful.
+    most faithful. Where none passes the default gates, the model is written as it came.
 
     Args:
         calibrate: data that static quantization observes; without it only dynamic is tried.
@@ -89,8 +90,8 @@ def compress(
 
     Raises:
         InputError: if the model, the data or the output cannot be used.
-        GateError: if no variant passes the gates; nothing was written. `GateError.report` has
-            the figures of the variant that came nearest.
+        GateError: if no variant passes the gates that were asked for; nothing was written.
+            `GateError.report` has the figures of the first variant.
     """
     check_writable(output)
     job = _Job(
@@ -107,10 +108,16 @@ def compress(
         job.attempt(name, passes)
     best = job.best()
     report = job.report(best)
+    if best.refusal and not job.by_default:
+        raise GateError(
+            f"{source}: no variant passes the gates, nothing was written: {best.refusal}; "
+            "loosen the gate or try another recipe",
+            report,
+        )
     if best.refusal:
-        raise GateError(f"{source}: no variant passes the gates: {best.refusal}", report)
+        report = job.report(None)
     with job.timed("save"):
-        save(best.outcome.model, output)
+        save(job.model if best.refusal else best.outcome.model, output)
     measured = dataclasses.replace(report.measured, seconds=dict(job.seconds))
     return dataclasses.replace(report, result=ModelFile.of(Path(output)), measured=measured)
 
@@ -209,6 +216,8 @@ class _Job:
     samples: int
     threads: int
     stage: Stage
+    by_default: bool = False
+    """Whether the gates are the default ones: then there is always something to write."""
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     notes: list[str] = field(default_factory=list[str])
     attempts: list[Attempt] = field(default_factory=list[Attempt])
@@ -235,6 +244,7 @@ class _Job:
         if not self.gates:
             labelled = isinstance(self.evaluation, Data) and self.evaluation.labels is not None
             self.gates = (*DEFAULT_GATES, DEFAULT_DROP) if labelled else DEFAULT_GATES
+            self.by_default = True
         self.original = ModelFile.of(self.source)
 
     def plans(self, recipe: Recipe | None, scheme: Scheme) -> Iterator[tuple[str, Passes]]:
@@ -297,18 +307,23 @@ class _Job:
         fastest = min(v.latency for v in passing)
         return max((v for v in passing if v.latency <= fastest * _ALIKE), key=lambda v: v.sqnr)
 
-    def report(self, best: _Variant) -> Report:
-        """The report of the variant that is kept, with the story of the others."""
+    def report(self, best: _Variant | None) -> Report:
+        """The report of the variant that is kept, or of none, with the story of the others."""
         story = [
             Attempt(scheme=v.scheme, kept=v is best and not v.refusal, because=_because(v, best))
             for v in self.variants
         ]
+        if best is None:
+            self.notes.append(_AS_IT_CAME)
+        bare = Report(verb="compress", source=self.original, target=self.target)
         return dataclasses.replace(
-            best.report,
+            best.report if best else bare,
             attempts=(*self.attempts, *story),
             notes=tuple(self.notes),
             versions=_versions(),
-            measured=dataclasses.replace(best.report.measured, seconds=dict(self.seconds)),
+            measured=dataclasses.replace(
+                best.report.measured if best else Measured(), seconds=dict(self.seconds)
+            ),
         )
 
     @contextmanager
@@ -318,13 +333,15 @@ class _Job:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
-def _because(variant: _Variant, best: _Variant) -> str:
-    figures = f"{variant.latency:.2f}x the latency, SQNR {variant.sqnr:.1f} dB"
+def _because(variant: _Variant, best: _Variant | None) -> str:
+    quality = "exact" if variant.sqnr == float("inf") else f"SQNR {variant.sqnr:.1f} dB"
+    figures = f"{variant.latency:.2f}x the latency, {quality}"
     if variant.refusal:
-        return f"{variant.refusal} ({figures})"
-    if variant is best:
-        return f"the best that passed all gates ({figures})"
-    return f"passed, but {best.scheme} was better ({figures})"
+        return f"{figures}; {variant.refusal}"
+    if best is None or variant is best:
+        return f"{figures}; passes all gates"
+    faster = best.latency * _ALIKE < variant.latency
+    return f"{figures}; {best.scheme} is {'faster' if faster else 'as fast and no worse'}"
 
 
 def _made_up(model: ir.Model) -> list[Feed]:

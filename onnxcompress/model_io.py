@@ -331,11 +331,21 @@ def _serialize(model: ir.Model, least: int, stand_in: Callable[[Tensor], Tensor]
                 restore.callback(put, tensor)
                 put(stand_in(tensor))
         proto = ir.to_proto(model)
+        _drop_described_twice(proto.graph)
         values = (*model.graph.inputs, *model.graph.outputs)
         for info, value in zip((*proto.graph.input, *proto.graph.output), values, strict=True):
             if _TYPE in value.meta:
                 info.type.CopyFrom(cast("onnx.TypeProto", value.meta[_TYPE]))
         return proto.SerializeToString(deterministic=True)
+
+
+def _drop_described_twice(graph: onnx.GraphProto) -> None:
+    """Remove what `value_info` says of initializers, which say it themselves."""
+    own = {initializer.name for initializer in graph.initializer}
+    kept = [info for info in graph.value_info if info.name not in own]
+    if len(kept) < len(graph.value_info):
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
 
 
 def _publish(target: Path, draft: _Draft, data: _DataDraft | None) -> SavedFiles:

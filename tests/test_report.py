@@ -78,7 +78,7 @@ def report(name: str = "model.onnx") -> Report:
         result=ModelFile(name="small.onnx", size=3_500_000, sha256="b" * 64),
         target="cpu",
         passes=(record, Record("equalize", {}, False, (), {}, 0.1)),
-        attempts=(Attempt(scheme="int8", kept=True, because="it is 2x faster"),),
+        attempts=(Attempt(scheme="int8", kept=True, because="2x faster"),),
         validation=validation(),
         notes=("the last fifth of the data was held out",),
         warnings=(f"node {name!r} was left in float",),
@@ -240,7 +240,7 @@ def test_the_terminal_shows_everything():
     for said in (
         "4.00x smaller",
         "gate NOT MET: sqnr is 25, asked: >= 30",
-        "tried int8: kept, because it is 2x faster",
+        "kept  int8: 2x faster",
         "its weight is shared",
         "pairs 42",
         "found nothing to do",

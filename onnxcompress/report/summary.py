@@ -111,11 +111,23 @@ def skip_groups(report: Report) -> list[SkipGroup]:
 
 
 def passes_done(report: Report) -> list[tuple[str, str, int]]:
-    """Each pass: its name, what it did in words, how many sites it declined."""
-    return [
-        (record.name, _figures(record.figures.items(), record.modified), len(record.skips))
-        for record in report.passes
-    ]
+    """Each pass that did or declined something: its name, what in words, sites declined.
+
+    Those that found nothing to do are counted in one last line.
+    """
+    busy = [record for record in report.passes if record.modified or record.skips]
+    rows = [(r.name, _figures(r.figures.items(), r.modified), len(r.skips)) for r in busy]
+    if idle := len(report.passes) - len(busy):
+        rows.append((f"{idle} {'others' if busy else 'passes'}", "found nothing to do", 0))
+    return rows
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` in `width` characters, cut in the middle: both ends of a tensor's name tell most."""
+    if len(text) <= width:
+        return text
+    end = (width - 1) // 2
+    return f"{text[: width - 1 - end]}…{text[-end:]}"
 
 
 def clean(text: str) -> str:
@@ -211,8 +223,8 @@ def _skip_group(pass_name: str, reason: str, skips: list[Skip]) -> SkipGroup:
 
 
 def _figures(figures: Iterable[tuple[str, Figure]], modified: bool) -> str:
-    said = ", ".join(f"{name.replace('_', ' ')} {_figure(value)}" for name, value in figures)
-    return clean(said) or ("changed the graph" if modified else "found nothing to do")
+    said = ", ".join(f"{name.replace('_', ' ')} {_figure(v)}" for name, v in figures if v)
+    return clean(said) or ("changed the graph" if modified else "declined all of them")
 
 
 def _figure(value: Figure) -> str:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onnxcompress.report import Report
+from onnxcompress.report import Attempt, GateResult, Report
 from onnxcompress.report.summary import (
     Row,
     Verdict,
@@ -17,11 +17,13 @@ from onnxcompress.report.summary import (
     passes_done,
     percent,
     quality_rows,
+    shorten,
     skip_groups,
 )
 
 _STYLES = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.NEUTRAL: ""}
-_WORST_LAYERS = 8
+_WORST_LAYERS = 5
+_NAME = 36
 
 
 def show(report: Report, console: Console, *, details: bool = True) -> None:
@@ -46,18 +48,27 @@ def show(report: Report, console: Console, *, details: bool = True) -> None:
 
 def _show_verdicts(report: Report, console: Console) -> None:
     for attempt in report.attempts:
-        kept = "kept" if attempt.kept else "not kept"
-        line = f"tried {clean(attempt.scheme)}: {kept}, because {clean(attempt.because)}"
-        console.print(Text(line))
+        line = f"{clean(attempt.scheme)}: {clean(attempt.because)}"
+        console.print(Text(f"{'kept' if attempt.kept else 'not kept'}  {line}", style=_of(attempt)))
+    if met := [gate for gate in report.gates if gate.passed]:
+        console.print(Text(f"gates met: {', '.join(map(_brief, met))}", style="green"))
     for gate in report.gates:
-        mark, style = ("met", "green") if gate.passed else ("NOT MET", "red")
-        console.print(Text(f"gate {mark}: {clean(gate.reason)}", style=style))
+        if not gate.passed:
+            console.print(Text(f"gate NOT MET: {clean(gate.reason)}", style="red"))
     failures = report.validation.failures if report.validation else ()
     for failure in failures:
         console.print(Text(f"failure: {clean(failure)}", style="bold red"))
     told = report.validation.warnings if report.validation else ()
     for warning in (*report.warnings, *told):
         console.print(Text(f"warning: {clean(warning)}", style="yellow"))
+
+
+def _of(attempt: Attempt) -> str:
+    return "" if attempt.kept else "dim"
+
+
+def _brief(gate: GateResult) -> str:
+    return f"{gate.gate.metric} {gate.figure:.4g} {gate.gate.condition}"
 
 
 def _results(rows: list[Row]) -> Table:
@@ -93,7 +104,9 @@ def _layers(report: Report) -> Table:
     )  # fmt: skip
     for layer in report.validation.worst_layers(_WORST_LAYERS) if report.validation else ():
         figures = (decibels(layer.sqnr), decibels(layer.upstream), f"{100 * layer.added:.3g} %")
-        table.add_row(Text(clean(layer.tensor)), Text(clean(layer.op)), *map(Text, figures))
+        table.add_row(
+            Text(shorten(clean(layer.tensor), _NAME)), Text(clean(layer.op)), *map(Text, figures)
+        )
     return table
 
 
@@ -105,10 +118,9 @@ def _passes(report: Report) -> Table:
 
 
 def _skips(report: Report) -> Table:
-    table = _table("left alone", "pass", "sites", "why", "operators", "such as", right=(1,))
+    table = _table("left alone", "pass", "sites", "why")
     for group in skip_groups(report):
-        texts = (group.pass_name, str(group.count), group.reason, group.ops, group.examples)
-        table.add_row(*map(Text, texts))
+        table.add_row(*map(Text, (group.pass_name, group.ops, group.reason)))
     return table
 
 
