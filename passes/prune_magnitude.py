@@ -32,8 +32,9 @@ _CONTRACTING: Final = tuple(op for op, row in TABLE.items() if row.role is Role.
 class PruneMagnitude(Pass):
     """Set the weights of smallest magnitude to zero.
 
-    w' = 0 where |w| is among the round(n · sparsity) smallest of a tensor's n weights (or of all
-    weights together with scope global), else w. Among equal magnitudes the first go, so the count
+    w' = 0 where |w| is among the round(n · sparsity) smallest of all n weights together (or of each
+    tensor's own with scope tensor), else w. One threshold for all spares the layers that need their
+    weights: a mobilenetv2 of 0.79 kept 0.60 at sparsity 0.3, and 0.03 by tensor. Among equal magnitudes the first go, so the count
     is met exactly; weights that are zero already count. With `threshold` instead, all |w| below
     it. What is kept is not changed.
 
@@ -55,8 +56,8 @@ class PruneMagnitude(Pass):
     """Share of weights that are zero afterwards, from 0 to 1; half where no option says."""
     threshold: float | None = None
     """Prune all magnitudes below this instead of a share."""
-    scope: Literal["tensor", "global"] = "tensor"
-    """Apply `sparsity` to each tensor by itself, or to all weights together."""
+    scope: Literal["tensor", "global"] = "global"
+    """Apply `sparsity` to all weights together, or to each tensor by itself."""
     include: tuple[str, ...] = _CONTRACTING
     """Nodes' names or operator types whose weights are pruned, or names of initializers."""
     exclude: tuple[str, ...] = ()

@@ -27,7 +27,7 @@ from onnxcompress.passes.prune_magnitude import PruneMagnitude
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
 from tests.passes.exactness import Net, apply, run
 
-PASS = PruneMagnitude(sparsity=0.5, min_elements=0)
+PASS = PruneMagnitude(sparsity=0.5, scope="tensor", min_elements=0)
 
 
 def weights(proto: onnx.ModelProto) -> dict[str, Any]:
@@ -49,9 +49,9 @@ def normal(*shape: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def test_half_of_each_tensor_is_zero_by_default():
+def test_half_of_each_tensor_is_zero():
     proto = layers(normal(8, 5), 10 * normal(5, 5))
-    after, result = apply(PruneMagnitude(min_elements=0), proto)
+    after, result = apply(PASS, proto)
     assert result.figures == {
         "weights": 65,
         "zeros": 32,
@@ -65,7 +65,7 @@ def test_half_of_each_tensor_is_zero_by_default():
 
 def test_globally_the_smaller_tensor_gives_more():
     small, large = normal(6, 6), 3 * normal(6, 6, seed=1)
-    _, result = apply(dataclasses.replace(PASS, scope="global"), layers(small, large))
+    _, result = apply(PruneMagnitude(min_elements=0), layers(small, large))
     assert result.figures["zeros"] == 36
     shares = {k: float(v) for k, v in result.figures.items()}
     assert shares["sparsity of w0"] > 0.6 > 0.4 > shares["sparsity of w1"]
