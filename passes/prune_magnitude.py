@@ -33,10 +33,11 @@ class PruneMagnitude(Pass):
     """Set the weights of smallest magnitude to zero.
 
     w' = 0 where |w| is among the round(n · sparsity) smallest of all n weights together (or of each
-    tensor's own with scope tensor), else w. One threshold for all spares the layers that need their
-    weights: a mobilenetv2 of 0.79 kept 0.60 at sparsity 0.3, and 0.03 by tensor. Among equal magnitudes the first go, so the count
-    is met exactly; weights that are zero already count. With `threshold` instead, all |w| below
-    it. What is kept is not changed.
+    tensor's own with scope tensor), else w. One threshold for all spares the layers that need
+    their weights: on 100 photos a mobilenetv2 at sparsity 0.3 agrees with float on 0.64 that way,
+    on 0.03 by tensor. Among equal magnitudes the first go, so the count is met exactly; weights
+    that are zero already count. With `threshold` instead, all |w| below it. What is kept is not
+    changed.
 
     Zeros stay zeros in symmetric quantization, whose zero_point is 0, so prune first. A file with
     many zeros compresses better; ONNX Runtime's dense kernels are not faster for it.
