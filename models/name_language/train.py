@@ -238,9 +238,10 @@ def main() -> None:
         opset=13,
         ir_version=7,
     )
-    kept = np.sort(rng.permutation(len(judge[1]))[:1000])
+    kept, tuned = (rng.permutation(len(part[1]))[:n] for part, n in ((judge, 1000), (tune, 128)))
     evaluation = encode([judge[0][i] for i in kept])
-    save_data(FOLDER, encode(tune[0][:128]), {**evaluation, "labels": judge[1][kept]})
+    calibration = encode([tune[0][i] for i in tuned])
+    save_data(FOLDER, calibration, {**evaluation, "labels": judge[1][kept]})
     record_score(FOLDER)
 
 
