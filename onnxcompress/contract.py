@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.errors import InputError
+from onnxcompress.numerics.row_sample import Patches
 
 Array = npt.NDArray[Any]
 Figure = float | int | str
@@ -30,6 +31,8 @@ class Kind(StrEnum):
     """Minimum and maximum of each channel along `Want.axis`."""
     MEAN = "mean"
     """Sum and count of each channel along `Want.axis`, in float64."""
+    ROWS = "rows"
+    """A uniform sample of what a kernel multiplies by its weight, cut out as `Want.patches` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class Want:
     value: str
     kind: Kind = Kind.HISTOGRAM
     axis: int | None = None
+    patches: Patches | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class Statistics(Protocol):
     def histogram(self, value: str) -> Histogram: ...
     def channel_range(self, value: str, axis: int) -> tuple[Array, Array]: ...
     def mean(self, value: str, axis: int) -> Array: ...
+    def rows(self, value: str, patches: Patches) -> Array: ...
     def missing(self, wants: Iterable[Want]) -> list[Want]: ...
 
 
