@@ -8,7 +8,6 @@ A MatMul has no bias: the Add of a constant behind it is taken as one.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,6 +32,7 @@ from onnxcompress.linear import (
     spread,
     tensor_of,
 )
+from onnxcompress.names import FreshNames
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Folding:
         self.opset = 0
         self.modified = False
         self._as_nodes = False
-        self._names: set[str] | None = None
-        self._copies: Counter[str] = Counter()
+        self._fresh: FreshNames | None = None
         self._shared: dict[ir.Value, bool] = {}
         self._loose: dict[ir.Value, None] = {}
 
@@ -183,14 +182,9 @@ class Folding:
 
     def fresh(self, base: str) -> str:
         """A name that no value of the model has, in any scope."""
-        if self._names is None:
-            self._names = set(_value_names(self.model))
-        name = base
-        while name in self._names:
-            self._copies[base] += 1
-            name = f"{base}_{self._copies[base]}"
-        self._names.add(name)
-        return name
+        if self._fresh is None:
+            self._fresh = FreshNames(self.model.graph, *self.model.functions.values())
+        return self._fresh(base)
 
     def take_over(self, new: ir.Value, old: ir.Value) -> None:
         """Let `new` stand where `old` stood: its readers, name, type, and shape."""
@@ -359,12 +353,3 @@ def _addend_edit(add: ir.Node, index: int, scale: Array | None, shift: Array, ax
     assert tensor is not None
     factor = None if scale is None else spread(scale, axis, rank)
     return Edit(add, index, combined(tensor, factor, spread(shift, axis, rank)))
-
-
-def _value_names(model: ir.Model) -> Iterator[str]:
-    for graph in (model.graph, *model.functions.values()):
-        for scope in (graph, *graph.subgraphs()):
-            yield from (v.name for v in scope.inputs if v.name)
-            if isinstance(scope, ir.Graph):
-                yield from scope.initializers
-            yield from (v.name for node in scope for v in node.outputs if v.name)

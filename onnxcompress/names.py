@@ -8,6 +8,26 @@ from itertools import chain
 
 import onnx_ir as ir
 
+from onnxcompress.scopes import subgraphs
+
+
+class FreshNames:
+    """Names that no value has in any scope of the given graphs and functions."""
+
+    def __init__(self, *roots: ir.Graph | ir.Function) -> None:
+        scopes = chain.from_iterable((root, *root.subgraphs()) for root in roots)
+        self._taken = {v.name for scope in scopes for v in _values(scope)}
+        self._copies: Counter[str] = Counter()
+
+    def __call__(self, base: str) -> str:
+        """`base` itself, or with a number behind it where it is taken; never the same twice."""
+        name = base
+        while name in self._taken:
+            self._copies[base] += 1
+            name = f"{base}_{self._copies[base]}"
+        self._taken.add(name)
+        return name
+
 
 def make_unique(model: ir.Model) -> None:
     """Rename values inside subgraphs whose names occur elsewhere in the model.
@@ -16,44 +36,25 @@ def make_unique(model: ir.Model) -> None:
     operators of other domains are left alone, since some find their inputs by name; a function's
     values have a scope of their own. Linear in the number of values.
     """
-    taken = {v.name for g in (model.graph, *model.graph.subgraphs()) for v in _values(g)}
+    fresh = FreshNames(model.graph)
     seen = {v.name for v in _values(model.graph)}
-    copies: Counter[str] = Counter()
     for graph in _standard_subgraphs(model.graph):
         for value in _values(graph):
             if value.name and value.name in seen:
-                value.name = _fresh(value.name, taken, copies)
+                value.name = fresh(value.name)
             seen.add(value.name)
 
 
-def _values(graph: ir.Graph) -> list[ir.Value]:
-    outputs = chain.from_iterable(node.outputs for node in graph)
-    return list(dict.fromkeys(chain(graph.inputs, graph.initializers.values(), outputs)))
+def _values(scope: ir.Graph | ir.Function) -> list[ir.Value]:
+    outputs = chain.from_iterable(node.outputs for node in scope)
+    initializers = scope.initializers.values() if isinstance(scope, ir.Graph) else ()
+    return list(dict.fromkeys(chain(scope.inputs, initializers, outputs)))
 
 
 def _standard_subgraphs(graph: ir.Graph) -> Iterator[ir.Graph]:
     for node in graph:
         if node.domain != "":
             continue
-        for attribute in node.attributes.values():
-            for inner in subgraphs(attribute):
-                yield inner
-                yield from _standard_subgraphs(inner)
-
-
-def subgraphs(attribute: ir.Attr) -> tuple[ir.Graph, ...]:
-    """The graphs that an attribute holds."""
-    if attribute.is_ref():
-        return ()
-    if attribute.type == ir.AttributeType.GRAPH:
-        return (attribute.as_graph(),)
-    return tuple(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else ()
-
-
-def _fresh(name: str, taken: set[str | None], copies: Counter[str]) -> str:
-    while True:
-        copies[name] += 1
-        candidate = f"{name}_{copies[name]}"
-        if candidate not in taken:
-            taken.add(candidate)
-            return candidate
+        for inner in subgraphs(node):
+            yield inner
+            yield from _standard_subgraphs(inner)

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Array
+from onnxcompress.names import FreshNames
 from onnxcompress.numerics.affine import (
     SMALLEST_SCALE,
     Affine,
@@ -43,22 +44,10 @@ class WeightStore:
         self.graph = graph
         self.target = target
         self.per_channel = per_channel
-        self._names = {v.name for v in (*graph.inputs, *graph.initializers.values())}
-        self._names |= {v.name for node in graph.all_nodes() for v in node.outputs}
-        self._names |= {
-            v.name for g in graph.subgraphs() for v in (*g.inputs, *g.initializers.values())
-        }
+        self.fresh = FreshNames(graph)
         self._first = graph[0]
         self._replaced: dict[ir.Value, None] = {}
         self._shared: dict[tuple[object, ...], ir.Value] = {}
-
-    def fresh(self, name: str) -> str:
-        """`name`, with a number behind it where it is taken."""
-        candidate, number = name, 1
-        while candidate in self._names:
-            candidate, number = f"{name}_{number}", number + 1
-        self._names.add(candidate)
-        return candidate
 
     def initializer(self, name: str, content: Array | ir.TensorProtocol) -> ir.Value:
         """A new initializer of the graph."""

@@ -13,9 +13,10 @@ from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
 from onnxcompress.passes.raise_opset import RaiseOpset
 from onnxcompress.passes.remove_unused import RemoveUnused
-from onnxcompress.passes.sum_to_add import SumToAdd
+from onnxcompress.passes.split_transposed import SplitTransposed
+from onnxcompress.passes.write_as_add import WriteAsAdd
 
-_DYNAMIC_OPSET = 13
+_WITHOUT_PAIRS = ("LSTM", "Gather")
 
 
 def exact() -> tuple[Pass, ...]:
@@ -26,15 +27,31 @@ def exact() -> tuple[Pass, ...]:
 def before_static(target: str = "cpu") -> tuple[Pass, ...]:
     """What comes before pairs are placed; calibration observes the model as it is after these."""
     opset = targets.load(target).opset
-    return (*exact(), RaiseOpset(minimum=opset), InferShapes(), SumToAdd(), FuseGemm())
+    return (
+        *exact(),
+        RaiseOpset(minimum=opset),
+        SplitTransposed(),
+        InferShapes(),
+        WriteAsAdd(),
+        FuseGemm(),
+    )
 
 
 def static(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
-    """Weights and activations as integers; `options` are those of `InsertQdq`."""
-    return (*before_static(target), InsertQdq(target=target, **options), RemoveUnused())
+    """Weights and activations as integers; `options` are those of `InsertQdq`.
+
+    Recurrent weights and tables of embeddings, which no pair reaches, are quantized by themselves.
+    """
+    return (
+        *before_static(target),
+        InsertQdq(target=target, **options),
+        QuantizeDynamic(target=target, include=_WITHOUT_PAIRS),
+        RemoveUnused(),
+    )
 
 
 def dynamic(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
     """Weights as integers, activations at run time; `options` are those of `QuantizeDynamic`."""
-    opset = RaiseOpset(minimum=_DYNAMIC_OPSET)
-    return (*exact(), opset, QuantizeDynamic(target=target, **options), RemoveUnused())
+    opset = RaiseOpset(minimum=targets.load(target).opset)
+    quantize = QuantizeDynamic(target=target, **options)
+    return (*exact(), opset, InferShapes(), quantize, RemoveUnused())

@@ -14,7 +14,8 @@ from onnxcompress.passes.raise_opset import RaiseOpset
 from onnxcompress.passes.remove_identity import RemoveIdentity
 from onnxcompress.passes.remove_unused import RemoveUnused
 from onnxcompress.passes.settle_initializers import SettleInitializers
-from onnxcompress.passes.sum_to_add import SumToAdd
+from onnxcompress.passes.split_transposed import SplitTransposed
+from onnxcompress.passes.write_as_add import WriteAsAdd
 
 EXACT: tuple[type[Pass], ...] = (
     SettleInitializers,
@@ -32,7 +33,8 @@ ALL: tuple[type[Pass], ...] = (
     *dict.fromkeys(EXACT),
     RaiseOpset,
     InferShapes,
-    SumToAdd,
+    SplitTransposed,
+    WriteAsAdd,
     FuseGemm,
     PruneMagnitude,
     InsertQdq,

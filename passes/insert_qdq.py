@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxcompress import targets
 from onnxcompress.contract import Array, CalibratedPass, Histogram, Kind, Result, Skip, Want
+from onnxcompress.errors import InputError
 from onnxcompress.numerics.affine import RANGES, Affine, affine, quantize
 from onnxcompress.numerics.thresholds import clip_range
 from onnxcompress.operators import constant, data_inputs, output_range, slope
@@ -59,6 +60,10 @@ class InsertQdq(CalibratedPass):
     """Node names or operator types to quantize; * and ? match."""
     exclude: tuple[str, ...] = ()
     """Node names or operator types to leave in float; * and ? match."""
+
+    def __post_init__(self) -> None:
+        if not 50 < self.percentile <= 100:
+            raise InputError(f"percentile {self.percentile} is not over 50 and at most 100")
 
     def wants(self, model: ir.Model) -> Sequence[Want]:
         return [Want(root.name or "", Kind.HISTOGRAM) for root in self._place(model).roots]

@@ -97,7 +97,9 @@ class QuantizeDynamic(Pass):
     def _is_site(self, node: ir.Node, model: ir.Model, skips: list[Skip]) -> bool:
         if node.op_type == "Gather" and not (self.embeddings and self._is_lookup(node)):
             return False
-        if not matches(node, self.include) or matches(node, self.exclude):
+        if not matches(node, self.include):
+            return False
+        if matches(node, self.exclude):
             reason = "excluded by name or type"
         elif model.graph.opset_imports.get("", 0) < _OPSET:
             reason = f"dynamic quantization needs opset {_OPSET}: convert the model up first"

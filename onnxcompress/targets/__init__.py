@@ -54,7 +54,6 @@ class Target:
     kernels: Mapping[str, Kernel]
     moves: Mapping[str, int]
     absorbs: frozenset[str]
-    stores: frozenset[str]
 
     @property
     def bounds_pair_sums(self) -> bool:
@@ -99,7 +98,6 @@ def parse(name: str, table: Mapping[str, Any]) -> Target:
             kernels={op: Kernel(**row) for op, row in table["kernels"].items()},
             moves=table["moves"],
             absorbs=frozenset(table["absorbs"]["operators"]),
-            stores=frozenset(table["stores"]["operators"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"target {name!r}: {error}") from error

@@ -12,7 +12,7 @@ from onnxcompress.contract import Result
 from onnxcompress.passes.fuse_gemm import FuseGemm
 from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.settle_initializers import SettleInitializers
-from onnxcompress.passes.sum_to_add import SumToAdd
+from onnxcompress.passes.write_as_add import WriteAsAdd
 from tests.passes.exactness import Net, apply, assert_close, check_exact, count, random_feed, run
 
 
@@ -62,7 +62,7 @@ def test_a_sum_of_two_becomes_add(terms: int, written: int) -> None:
     others = [net.normal(f"c{i}", 3) for i in range(terms - 1)]
     net.op("Sum", x, *others, out="y")
     net.output("y")
-    after, result = check_exact(SumToAdd(), net.model())
+    after, result = check_exact(WriteAsAdd(), net.model())
     assert count(after, "Add") == written and result.modified == bool(written)
 
 
@@ -114,3 +114,12 @@ def test_a_model_that_cannot_be_inferred_stays() -> None:
     result = InferShapes()(before)
     assert isinstance(result, Result) and not result.modified
     assert "shape inference failed" in result.skips[0].reason
+
+
+def test_subtracting_a_constant_is_adding_its_opposite() -> None:
+    net = Net()
+    x = net.op("Sub", net.input("x", 2, 3), net.normal("c", 3))
+    net.op("Sub", net.normal("d", 3), x, out="y")
+    net.output("y")
+    after, _ = check_exact(WriteAsAdd(), net.model(), rtol=0)
+    assert count(after, "Add") == 1 and count(after, "Sub") == 1
