@@ -22,7 +22,7 @@ from onnxcompress.data import Data, Images
 from onnxcompress.errors import GateError, InputError
 from onnxcompress.gates import Gate
 from onnxcompress.latency import paired_latency
-from onnxcompress.measure import random_feed
+from onnxcompress.measure import Measurement, measure, random_feed
 from onnxcompress.model_io import check_writable, load, save
 from onnxcompress.observe import Progress
 from onnxcompress.pipeline import Outcome, run
@@ -73,8 +73,9 @@ def compress(
 
     Tries the schemes in turn (static and dynamic quantization, or the recipe), then the exact
     rewrites alone. Each variant is saved, run beside the original on held-out data, and timed in
-    turns with it. Of those that pass all gates the fastest is kept; among equally fast ones, the
-    most faithful. Where none passes the default gates, the model is written as it came.
+    turns with it. Of those that pass all gates the one with the least product of latency and size
+    is kept; among equals, the most faithful. Where none passes the default gates, the model is
+    written as it came.
 
     Args:
         calibrate: data that static quantization observes; without it only dynamic is tried.
@@ -165,7 +166,9 @@ def _measured(
     *,
     threads: int,
     stage: Stage,
+    source: Measurement | None = None,
 ) -> Report:
+    """Quality, size, latency and memory; `source` is the original by itself, if measured before."""
     begin = time.perf_counter()
     feeds = _watched(evaluation, len(evaluation), stage("comparing"))
     labels = evaluation.labels if isinstance(evaluation, Data) else None
@@ -175,12 +178,14 @@ def _measured(
     feed = next(iter(evaluation))
     latency = paired_latency(original, candidate, feed, threads=threads, seconds=_LATENCY_SECONDS)
     seconds = {"validate": middle - begin, "latency": time.perf_counter() - middle}
+    source = source or _alone(original, feed, threads)
+    result = _alone(candidate, feed, threads)
     return Report(
         verb="validate",
         source=ModelFile.of(original),
         result=ModelFile.of(candidate),
         validation=validation,
-        measured=Measured(latency=latency, seconds=seconds),
+        measured=Measured(latency=latency, source=source, result=result, seconds=seconds),
     )
 
 
@@ -201,6 +206,12 @@ class _Variant:
         return latency.ratio if latency else 1.0
 
     @property
+    def size(self) -> float:
+        """Bytes over the original's."""
+        assert self.report.result
+        return self.report.result.size / self.report.source.size
+
+    @property
     def sqnr(self) -> float:
         outputs = self.report.validation.outputs if self.report.validation else ()
         return min((o.sqnr for o in outputs if o.sqnr is not None), default=float("inf"))
@@ -218,6 +229,7 @@ class _Job:
     stage: Stage
     by_default: bool = False
     """Whether the gates are the default ones: then there is always something to write."""
+    alone: Measurement | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     notes: list[str] = field(default_factory=list[str])
     attempts: list[Attempt] = field(default_factory=list[Attempt])
@@ -286,7 +298,9 @@ class _Job:
             self.evaluation,
             threads=self.threads,
             stage=lambda part: self.stage(f"{name}: {part}"),
+            source=self.alone,
         )
+        self.alone = measured.measured.source
         for part, seconds in measured.measured.seconds.items():
             self.seconds[f"{name}: {part}"] = seconds
         report = dataclasses.replace(
@@ -300,12 +314,16 @@ class _Job:
         return _Variant(scheme=name, outcome=outcome, report=gated)
 
     def best(self) -> _Variant:
-        """Of the variants that pass, the most faithful of the fastest; else the first."""
+        """Of the variants that pass, the one of least latency times size; else the first.
+
+        Of several that are alike in that, the most faithful.
+        """
         passing = [v for v in self.variants if not v.refusal]
         if not passing:
             return self.variants[0]
-        fastest = min(v.latency for v in passing)
-        return max((v for v in passing if v.latency <= fastest * _ALIKE), key=lambda v: v.sqnr)
+        least = min(v.latency * v.size for v in passing)
+        alike = (v for v in passing if v.latency * v.size <= least * _ALIKE)
+        return max(alike, key=lambda v: v.sqnr)
 
     def report(self, best: _Variant | None) -> Report:
         """The report of the variant that is kept, or of none, with the story of the others."""
@@ -335,13 +353,19 @@ class _Job:
 
 def _because(variant: _Variant, best: _Variant | None) -> str:
     quality = "exact" if variant.sqnr == float("inf") else f"SQNR {variant.sqnr:.1f} dB"
-    figures = f"{variant.latency:.2f}x the latency, {quality}"
+    figures = f"{variant.size:.2f}x the size, {variant.latency:.2f}x the latency, {quality}"
     if variant.refusal:
         return f"{figures}; {variant.refusal}"
     if best is None or variant is best:
         return f"{figures}; passes all gates"
-    faster = best.latency * _ALIKE < variant.latency
-    return f"{figures}; {best.scheme} is {'faster' if faster else 'as fast and no worse'}"
+    smaller, faster = best.size * _ALIKE < variant.size, best.latency * _ALIKE < variant.latency
+    words = [w for w, true in (("smaller", smaller), ("faster", faster)) if true]
+    return f"{figures}; {best.scheme} is {' and '.join(words) or 'as small and fast, and no worse'}"
+
+
+def _alone(path: Path, feed: Feed, threads: int) -> Measurement:
+    found = measure(path, feed, threads=threads, seconds=0.0)
+    return dataclasses.replace(found, path=path.name)  # the folder is nobody's business
 
 
 def _made_up(model: ir.Model) -> list[Feed]:

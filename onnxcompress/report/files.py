@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
 
@@ -14,14 +15,19 @@ from onnxcompress.report import Report, to_json
 _WIDTH = 120
 
 
-def check_format(path: Path) -> None:
+def check_path(path: Path, models: Iterable[Path]) -> None:
     """See that a report can be written to `path`, before the work that it will be about.
 
     Raises:
-        InputError: if the folder is not there or not writable, or a library is missing.
+        InputError: if the folder is not there or not writable, the path is one of `models`, or a
+            library is missing.
     """
+    if os.path.realpath(path) in map(os.path.realpath, models):
+        raise InputError(f"the report {path} would replace a model: name another file")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path} cannot be written: name a file in a folder that you may write")
+        raise InputError(
+            f"the report {path} cannot be written: name a file in a folder that you may write"
+        )
     if path.suffix == ".html" and importlib.util.find_spec("jinja2") is None:
         raise InputError("an HTML report needs jinja2: pip install 'onnxcompress[report]'")
 

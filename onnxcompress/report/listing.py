@@ -1,4 +1,4 @@
-"""Shows a bench of models and the inspection of one in a terminal."""
+"""Shows in a terminal what the verbs without a report found."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from onnxcompress.inspection import Inspection
 from onnxcompress.measure import Measurement
+from onnxcompress.observations import Observations
 from onnxcompress.report.summary import clean
 from onnxcompress.report.summary import size as format_size
 
@@ -60,6 +61,13 @@ def show_inspection(found: Inspection, console: Console) -> None:
     for (op, reason), nodes in reasons.items():
         line = f"stays in float: {len(nodes)} {clean(op)}, {clean(reason)} (such as {nodes[0]!r})"
         console.print(Text(line))
+
+
+def show_observations(name: str, found: Observations, console: Console) -> None:
+    """Print how much was observed, and what could not be."""
+    console.print(Text(f"{clean(name)}: statistics of {len(found.kept)} values"))
+    for want, reason in found.reasons.items():
+        console.print(Text(f"not observed: {clean(want.value)}, {clean(reason)}"))
 
 
 def _joined(counts: Mapping[str, int | str]) -> str:

@@ -18,6 +18,8 @@ from onnxcompress.validation import OutputFigures
 
 _SAME = 0.005
 """Relative difference below which two amounts are called the same."""
+_MEMORY_NOISE = 0.05
+"""What the peak memory of two runs of one model differs by, relatively."""
 _POINT = 0.01
 _EXAMPLES = 3
 
@@ -64,6 +66,9 @@ def headline(report: Report) -> str:
     shares = [o.agreement for o in _compared(report) if o.agreement is not None]
     parts += [f"{percent(min(shares))} of decisions the same"] if shares else []
     said = ", ".join(parts)
+    if not all(gate.passed for gate in report.gates):
+        missed = "a gate was not met"
+        said += f"; not written, {missed}" if report.verb == "compress" else f"; {missed}"
     if report.validation and report.validation.failures:
         said += "; unusable, see the failures"
     return f"{clean(report.result.name)}: {said}"
@@ -86,7 +91,9 @@ def cost_rows(report: Report) -> list[Row]:
     if measured.source and measured.result and measured.source.peak_memory > 0:
         before, after = measured.source.peak_memory, measured.result.peak_memory
         words = ("less memory", "more memory", "same memory")
-        found.append(_cost("peak memory", size(before), size(after), after / before, words))
+        ratio = after / before
+        found.append(_cost("peak memory", size(before), size(after), ratio, words,
+                           sure=abs(ratio - 1) > _MEMORY_NOISE))  # fmt: skip
     return found
 
 

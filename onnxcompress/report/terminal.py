@@ -68,7 +68,7 @@ def _of(attempt: Attempt) -> str:
 
 
 def _brief(gate: GateResult) -> str:
-    return f"{gate.gate.metric} {gate.figure:.4g} {gate.gate.condition}"
+    return f"{gate.gate.metric} {gate.figure:.3g} ({gate.gate.condition})"
 
 
 def _results(rows: list[Row]) -> Table:

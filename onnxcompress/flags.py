@@ -1,0 +1,145 @@
+"""Arguments and options that several verbs share: their help, and what their text means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from onnxcompress.gates import Gate
+    from onnxcompress.images import Images
+
+DATA = """\b
+DATA is one of
+  inputs.npz            arrays named after the model's inputs, samples on the first axis;
+                        an array `labels` holds the targets
+  inputs.npy            the same for a model of one input
+  folder                of .npz feeds, of images (see --images), or of ONNX
+                        test_data_set_* folders
+  module:callable       or file.py:callable, which returns an iterable of feeds
+"""
+IMAGES = """\b
+IMAGES is a list such as 'size=[224, 224], mean=[0.485, 0.456, 0.406]' of
+  size           [height, width], where the model leaves it open
+  layout         "NCHW" or "NHWC", where the model leaves it open
+  scale          what a pixel of 0 to 255 is multiplied by (1/255)
+  mean, std      subtracted, then divided by; one number or one a channel ([0], [1])
+  channels       "RGB", "BGR" or "GRAY" ("RGB")
+  resize         "crop", "stretch" or "pad" ("crop")
+  crop           share of the shorter side that is kept (0.875)
+  fill           pixel around a padded image (0)
+  interpolation  "bilinear", "bicubic" or "nearest" ("bilinear")
+  labels         CSV file of image,number lines; else sub-folders are the classes
+"""
+GATES = """\b
+GATE is a metric, a comparison and a number, such as 'sqnr >= 30':
+  sqnr            signal to noise of the worst output in dB
+  cosine          similarity of the worst output, at most 1
+  max_error       largest difference of any output
+  top1_agreement  share of samples whose first class is the original's
+  top5_agreement  share of samples whose first class is in the original's five
+  accuracy        against the labels
+  accuracy_drop   the original's accuracy minus this one's
+  size_ratio      file size over the original's
+  latency_ratio   latency over the original's, timed in turns
+  memory_ratio    peak memory over the original's
+"""
+EXIT_CODES = """\b
+Exit codes: 0 done, 1 unexpected failure, 2 bad usage or input, 3 a gate was not
+met, 4 integrity or signature failure. A failure leaves every file as it was.
+"""
+
+
+def examples(*lines: str) -> str:
+    """Commands to copy, as a part of a verb's help."""
+    return "\b\nExamples:\n" + "".join(f"  onnxcompress {line}\n" for line in lines)
+
+
+def epilog(*parts: str) -> str:
+    """What stands below a verb's options; the exit codes come last."""
+    return "\n".join((*parts, EXIT_CODES))
+
+
+model = click.argument("model", type=click.Path(path_type=Path))
+output = click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Model to write."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+calibrate = click.option(
+    "--calibrate", metavar="DATA", help="Inputs to observe; the static scheme needs them."
+)
+target = click.option("--target", default="cpu", show_default=True, help="Runtime to aim at.")
+images = click.option("--images", help="How a folder of images becomes the input; see below.")
+samples = click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Feeds to use at most, from the first on.",
+)
+threads = click.option(
+    "--threads",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Threads of an operator while timing; 0 is all cores.",
+)
+report = click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help="Report to write: .html is a page, .json for machines, else text.",
+)
+gates = click.option(
+    "--gate", "gates", multiple=True, metavar="GATE", help="Bound to hold; repeatable."
+)
+include = click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only nodes of this name or operator type (* and ? match); repeatable.",
+)
+exclude = click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Not nodes of this name or operator type (* and ? match); repeatable.",
+)
+
+
+def check_report(path: Path | None, *models: Path) -> None:
+    """See that a report can be written beside `models`, before the work.
+
+    Raises:
+        InputError: if it cannot, or would replace one of them.
+    """
+    if path is None:
+        return
+    from onnxcompress.report.files import check_path
+
+    check_path(path, models)
+
+
+def read_gates(gates: tuple[str, ...]) -> list[Gate]:
+    """The bounds that were asked for.
+
+    Raises:
+        InputError: if one is not of the form in `GATES`.
+    """
+    from onnxcompress.gates import Gate
+
+    return [Gate.parse(text) for text in gates]
+
+
+def read_images(text: str | None) -> Images | None:
+    """How images become the input, if that was told.
+
+    Raises:
+        InputError: if it is not of the form in `IMAGES`.
+    """
+    if text is None:
+        return None
+    from onnxcompress.images import Images
+
+    return Images.from_text(text)
