@@ -251,8 +251,10 @@ def calibrate(
     All methods of `quantize` find their ranges in them, and those of several runs merge.
     """
     from onnxcompress import api
+    from onnxcompress.model_io import check_writable
     from onnxcompress.report import listing
 
+    check_writable(output)
     with stages(as_json) as stage:
         found = api.calibrate(
             model,

@@ -10,7 +10,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import entry_points
@@ -22,7 +23,7 @@ import numpy as np
 
 from onnxcompress.arrays import stored_npy, stored_npz
 from onnxcompress.contract import Array
-from onnxcompress.errors import InputError
+from onnxcompress.errors import DataError, InputError
 from onnxcompress.images import SUFFIXES, Images, photos
 from onnxcompress.ports import Feed, Port, check, conversions, convert, interface
 from onnxcompress.registry import load_plugin
@@ -60,12 +61,19 @@ class Data:
         """Feeds by input name, in the model's dtypes and ranks.
 
         Raises:
-            InputError: for NaN, infinity, an integer out of range, or a source that fails.
+            DataError: for NaN, infinity, an integer out of range, or a source that fails.
         """
-        for where, raw in self._items():
-            if not self.source.uniform:
-                check(raw, self.ports, where)
-            yield convert(raw, self.ports, where)
+        items = self._items()
+        while True:
+            with _of_the_data():
+                item = next(items, None)
+                if item is None:
+                    return
+                where, raw = item
+                if not self.source.uniform:
+                    check(raw, self.ports, where)
+                feed = convert(raw, self.ports, where)
+            yield feed
 
     @property
     def size(self) -> int | None:
@@ -110,8 +118,10 @@ class Data:
     def _spans(self, span: Callable[[int, int], Item], n: int) -> Iterator[Feed]:
         stop = self.start + len(self)
         for i in range(self.start, stop, n):
-            where, raw = span(i, min(i + n, stop))
-            yield convert(raw, self.ports, where)
+            with _of_the_data():
+                where, raw = span(i, min(i + n, stop))
+                feed = convert(raw, self.ports, where)
+            yield feed
 
     def first(self, n: int) -> Data:
         """The first `n` feeds."""
@@ -126,12 +136,23 @@ class Data:
         """
         size = sum(1 for _ in self._items()) if self.size is None else self.size
         if size < 2:
-            raise InputError(f"{self.where} has one feed, none can be held out: give more data")
+            raise InputError(
+                f"{self.where} has one feed, none can be held out: give more, or other data to "
+                "compare on"
+            )
         middle = self.start + size - min(size - 1, max(1, round(size * fraction)))
         return replace(self, stop=middle), replace(self, start=middle, stop=self.start + size)
 
     def _items(self) -> Iterator[Item]:
         return self.source.items(self.start, self.stop)
+
+
+@contextmanager
+def _of_the_data() -> Generator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise DataError(str(error)) from error
 
 
 def batchable(ports: Iterable[Port]) -> bool:

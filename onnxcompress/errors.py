@@ -18,6 +18,10 @@ class InputError(OnnxCompressError):
     exit_code = 2
 
 
+class DataError(InputError):
+    """A sample cannot be read or used; no other way of compressing makes up for it."""
+
+
 class GateError(OnnxCompressError):
     """The result exists but a gate was not met, so nothing was written; `report` says more."""
 

@@ -19,7 +19,7 @@ from onnxcompress import schemes
 from onnxcompress.api import SAMPLES, as_data, observer
 from onnxcompress.contract import Pass
 from onnxcompress.data import Data, Images
-from onnxcompress.errors import GateError, InputError
+from onnxcompress.errors import DataError, GateError, InputError
 from onnxcompress.gates import Gate
 from onnxcompress.latency import paired_latency
 from onnxcompress.measure import Measurement, measure, random_feed
@@ -285,7 +285,7 @@ class _Job:
                 save(outcome.model, path)
                 variant = self._measure(name, outcome, path)
         except InputError as error:
-            if name == _EXACT:
+            if name == _EXACT or isinstance(error, DataError):
                 raise
             self.attempts.append(Attempt(scheme=name, kept=False, because=str(error)))
             return

@@ -51,8 +51,14 @@ class Recipe:
             if path.stat().st_size > _MAX_BYTES:
                 raise InputError(f"{path} is over 1 MiB: is it a recipe?")
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} cannot be read as a recipe: {error}") from error
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be read as a recipe ({error.strerror}): check the path"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path} cannot be read as a recipe: it is not text, write it as TOML"
+            ) from error
         return cls.from_text(text, str(path), registry)
 
     @classmethod

@@ -109,11 +109,11 @@ def quality_rows(report: Report) -> list[Row]:
 
 def skip_groups(report: Report) -> list[SkipGroup]:
     """What was declined, by pass and reason, most frequent first."""
-    groups: defaultdict[tuple[str, str], list[Skip]] = defaultdict(list)
-    for record in report.passes:
+    groups: defaultdict[tuple[str, str], dict[Skip, None]] = defaultdict(dict)
+    for record in report.passes:  # a pass that runs twice declines the same sites twice
         for skip in record.skips:
-            groups[record.name, skip.reason].append(skip)
-    found = [_skip_group(name, reason, skips) for (name, reason), skips in groups.items()]
+            groups[record.name, skip.reason][skip] = None
+    found = [_skip_group(name, reason, [*skips]) for (name, reason), skips in groups.items()]
     return sorted(found, key=lambda group: -group.count)
 
 

@@ -23,7 +23,7 @@ from onnxcompress.report.summary import (
 
 _STYLES = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.NEUTRAL: ""}
 _WORST_LAYERS = 5
-_NAME = 36
+_NAME = 27
 
 
 def show(report: Report, console: Console, *, details: bool = True) -> None:
