@@ -95,13 +95,19 @@ def size_on_disk(path: str | os.PathLike[str]) -> int:
         locations: set[str] = set()
 
         def note(data: wire.Buffer, start: int, end: int) -> list[bytes]:
-            tensor = onnx.TensorProto.FromString(data[start:end])
+            kept = [data[a:b] for n, a, _, b in wire.fields(data, start, end) if n != wire.RAW_DATA]
+            tensor = onnx.TensorProto.FromString(b"".join(kept))
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 locations.add(ExternalDataInfo(tensor).location)
             return []
 
         content = _content(path)
-        wire.rewrite(content, 0, len(content), wanted=_holds(b"location"), edit=note)
+        small = _holds(b"location")  # what is large is looked into, not through: it has weights
+
+        def wanted(data: wire.Buffer, start: int, end: int) -> bool:
+            return end - start >= _STREAMED or small(data, start, end)
+
+        wire.rewrite(content, 0, len(content), wanted=wanted, edit=note)
         files.update(tensors.contained(path, location).resolve() for location in locations)
         return sum(file.stat().st_size for file in files)
 

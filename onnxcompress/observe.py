@@ -270,7 +270,9 @@ def _cached_session(content: bytes, outputs: tuple[str, ...]) -> Session | None:
 
 def _session(model: ir.Model, outputs: tuple[str, ...], threads: int) -> Session | None:
     """None where only inputs are wanted, so that nothing has to run."""
-    return Session(model, outputs=outputs, threads=threads, spinning=False) if outputs else None
+    if not outputs:
+        return None
+    return Session(model, outputs=outputs, threads=threads, spinning=False, frugal=True)
 
 
 def _run(session: Session | None, number: int, feed: Feed, shard: _Shard) -> None:

@@ -13,7 +13,7 @@ import math
 import re
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,8 @@ class Session:
         prepack: let kernels keep a second, reordered copy of the weights: faster runs, but a
             slower start and more memory, so turn it off for a few runs of a large model.
         spinning: let idle threads wait busily; turn it off where other threads need the cores.
+        frugal: for many outputs at once: give each value its own memory for as long as it is
+            needed instead of planning one block for all, and give back what the start took.
         verbose: show ONNX Runtime's own warnings.
 
     Raises:
@@ -69,14 +71,18 @@ class Session:
         threads: int = 0,
         prepack: bool = True,
         spinning: bool = True,
+        frugal: bool = False,
         verbose: bool = False,
     ) -> None:
         options = _options(optimization, verbose)
         options.intra_op_num_threads = threads
+        options.enable_mem_pattern = not frugal
         options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         self._title = str(model) if isinstance(model, Path) else repr(model.graph.name or "model")
         self._session, self._lent = _start(model, outputs, options, self._title)
+        if frugal:
+            _trim()
         self._run_options = ort.RunOptions()
         self._run_options.log_severity_level = options.log_severity_level
         ports = (*self._session.get_inputs(), *self._session.get_outputs())
@@ -216,6 +222,12 @@ def _from_ort(value: Any) -> Any:
     size = math.prod(shape) * dtype.itemsize
     content = ctypes.string_at(value.data_ptr(), size)
     return np.frombuffer(content, dtype).reshape(shape)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: a start leaves twice the weights' bytes in the heap."""
+    with suppress(OSError, AttributeError):  # glibc has it, other systems do without
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
