@@ -10,6 +10,7 @@ from statistics import median
 from onnxcompress.errors import InputError
 from onnxcompress.latency import Latency, paired_latency
 from onnxcompress.model_io import size_on_disk
+from onnxcompress.session import Session
 from tests.benchmarks import job
 from tests.benchmarks.cases import Case, Score, Setting, all_cases
 from tests.benchmarks.table import Goal, goals, number, table
@@ -78,9 +79,7 @@ def _measure(case: Case, setting: Setting) -> Mapping[str, Row]:
         for tool, done in jobs.items():
             if not done or (done[0].seconds < _SLOW and not done[0].failure):
                 done.append(job.run(tool.command(case, paths[tool])))
-    baseline = next((paths[t] for t, d in jobs.items() if t.name == BASELINE), None)
-    if baseline is not None and not baseline.exists():
-        baseline = None
+    baseline = next((paths[t] for t in tools if t.name == BASELINE and _runs(paths[t])), None)
     return {t.name: _row(case, d, paths[t], baseline, setting) for t, d in jobs.items()}
 
 
@@ -88,26 +87,32 @@ def _row(
     case: Case, done: list[job.Job], output: Path, baseline: Path | None, setting: Setting
 ) -> Row:
     failure = next((d.failure for d in done if d.failure), "")
-    if failure or not output.exists():
-        return Row(failure=failure or "wrote nothing")
+    if failure or not _runs(output):
+        return Row(failure=failure or "ONNX Runtime refuses the result")
     seconds = 0.5 if setting.quick else 3.0
     feed = next(case.feeds())
 
     def against(other: Path) -> Latency:
         return paired_latency(other, output, feed, seconds=seconds)
 
+    return Row(
+        seconds=median(d.seconds for d in done),
+        cpu=median(d.cpu for d in done),
+        peak=median(d.peak for d in done),
+        size=size_on_disk(output) / 1e6,
+        score=case.score(output),
+        float_ratio=against(case.model),
+        baseline_ratio=against(baseline) if baseline not in (None, output) else None,
+    )
+
+
+def _runs(model: Path) -> bool:
+    """Whether the file is there and ONNX Runtime takes it: some of what is written it does not."""
     try:
-        return Row(
-            seconds=median(d.seconds for d in done),
-            cpu=median(d.cpu for d in done),
-            peak=median(d.peak for d in done),
-            size=size_on_disk(output) / 1e6,
-            score=case.score(output),
-            float_ratio=against(case.model),
-            baseline_ratio=against(baseline) if baseline not in (None, output) else None,
-        )
-    except InputError as error:
-        return Row(failure=f"the result does not run: {error}"[:160])
+        Session(model)
+    except InputError:
+        return False
+    return True
 
 
 def _cells(tool: str, row: Row) -> list[str]:
