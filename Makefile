@@ -1,16 +1,16 @@
-# Every target builds the environment it needs; a second run finds it ready.
+# Every target builds the environment that it needs; a second run finds it ready.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test check demo bench clean
+# A variable that forbids writing bytecode would make every start import slowly: compile once.
+unexport PYTHONDONTWRITEBYTECODE
+# Packages of the caller's Python must not shadow those of the environment.
+unexport PYTHONPATH
+unexport PYTHONHOME
 
-$(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
-	$(BIN)/python -m compileall -q $(VENV)/lib onnxcompress passes || true
-	touch $@
+.PHONY: test check demo bench clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -28,3 +28,9 @@ bench: $(READY)
 
 clean:
 	rm -rf $(VENV) build
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m compileall -q $(VENV)/lib onnxcompress passes >/dev/null || true
+	@touch $@

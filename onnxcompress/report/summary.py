@@ -85,8 +85,8 @@ def cost_rows(report: Report) -> list[Row]:
     if latency := measured.latency:
         words = ("faster", "slower", "same speed")
         sure = not latency.low <= 1 <= latency.high
-        found.append(_cost("latency", milliseconds(latency.original_ms),
-                           milliseconds(latency.candidate_ms),
+        before = latency.original_ms  # times drift from turn to turn, the ratio within one does not
+        found.append(_cost("latency", milliseconds(before), milliseconds(before * latency.ratio),
                            latency.ratio, words, sure=sure))  # fmt: skip
     if measured.source and measured.result and measured.source.peak_memory > 0:
         before, after = measured.source.peak_memory, measured.result.peak_memory

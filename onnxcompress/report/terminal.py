@@ -1,4 +1,4 @@
-"""Shows a report in a terminal: what you got first, then how."""
+"""Shows a report in a terminal: how, then what you got, which stays in sight above the prompt."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def show(report: Report, console: Console, *, details: bool = True) -> None:
         console: where to; people's text goes to stderr by the house's rule.
         details: also the passes, the outputs, the layers and what was declined.
     """
-    console.print(Text(headline(report), style="bold"))
-    results = [*cost_rows(report), *quality_rows(report)]
-    if results:
-        console.print(_results(results))
-    _show_verdicts(report, console)
     if details:
-        for table in (_outputs(report), _layers(report), _passes(report), _skips(report)):
+        for table in (_passes(report), _skips(report), _outputs(report), _layers(report)):
             if table.row_count:
                 console.print(table)
     for note in report.notes:
         console.print(Text(f"note: {clean(note)}", style="dim"))
+    _show_verdicts(report, console)
+    console.print(Text(headline(report), style="bold"))
+    results = [*cost_rows(report), *quality_rows(report)]
+    if results:
+        console.print(_results(results))
 
 
 def _show_verdicts(report: Report, console: Console) -> None:
