@@ -29,11 +29,11 @@ SECTIONS: dict[str, tuple[str, Callable[[Setting], Iterator[str]]]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is asked for, printing each line as soon as it is known."""
     given = _parser().parse_args(arguments)
-    zoo = given.zoo or ROOT.parent / "shared" / "zoo"
+    zoo = (given.zoo or ROOT.parent / "shared" / "zoo").resolve()
     sections = [name for name in given.only if name in SECTIONS] or list(SECTIONS)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
-            folder=Path(folder),
+            folder=Path(folder).resolve(),
             zoo=zoo if zoo.is_dir() else None,
             only=tuple(name for name in given.only if name not in SECTIONS),
             quick=given.quick,
