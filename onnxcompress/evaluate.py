@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
-from onnx.reference.ops import load_op
 
 from onnxcompress.contract import Array
 from onnxcompress.operators import DEFAULT_DOMAINS, int_attribute
@@ -87,6 +86,8 @@ def evaluation(
     attributes = {name: _plain(a) for name, a in node.attributes.items()}
 
     def evaluate() -> list[Array]:
+        from onnx.reference.ops import load_op  # a tenth of all imports, for what few models need
+
         try:
             arrays = [None if t is None else t.numpy() for t in inputs]
             _check_defined(op_type, arrays, attributes)
