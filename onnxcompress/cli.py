@@ -87,7 +87,7 @@ def compress(
 
     Tries static and dynamic int8, runs each beside the original on data held out of calibration,
     times both in turns, and keeps the smallest and fastest (least size times latency) that passes
-    all gates; else the exact rewrites alone.
+    all gates; else the exact rewrites alone. A --recipe or --scheme that passes is kept.
 
     Without --gate these gates hold: size_ratio <= 1, latency_ratio <= 1.03 (3 % is the noise of
     a measurement), sqnr >= 10 and, where there are labels, accuracy_drop <= 0.02. A model that no

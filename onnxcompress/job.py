@@ -71,11 +71,11 @@ def compress(
 ) -> Report:
     """Compress the model at `source` and write the best variant that passes the gates to `output`.
 
-    Tries the schemes in turn (static and dynamic quantization, or the recipe), then the exact
-    rewrites alone. Each variant is saved, run beside the original on held-out data, and timed in
-    turns with it. Of those that pass all gates the one with the least product of latency and size
-    is kept; among equals, the most faithful. Where none passes the default gates, the model is
-    written as it came.
+    Tries static and dynamic quantization and the exact rewrites alone; or the recipe or scheme
+    that was asked for, and the exact rewrites where it fails. Each variant is saved, run beside
+    the original on held-out data, and timed in turns with it. Of those that pass all gates the one
+    with the least product of latency and size is kept; among equals, the most faithful. Where none
+    passes the default gates, the model is written as it came.
 
     Args:
         calibrate: data that static quantization observes; without it only dynamic is tried.
@@ -105,7 +105,10 @@ def compress(
     )
     with job.timed("load"):
         job.open(calibrate, evaluate, images)
+    asked = recipe is not None or scheme != "auto"
     for name, passes in job.plans(recipe, scheme):
+        if asked and job.passing():
+            break
         job.attempt(name, passes)
     best = job.best()
     report = job.report(best)
@@ -275,7 +278,7 @@ class _Job:
     def attempt(self, name: str, passes: Passes) -> None:
         """Make a variant and measure it beside the original; a model it cannot make is noted."""
         data = self.calibration
-        progress = self.stage(f"{name}: calibrating")
+        progress = self.stage(f"{name}: rewriting")
         watch = None if data is None else observer(data, self.samples, progress)
         try:
             with self.timed(f"{name}: passes"):
@@ -313,12 +316,16 @@ class _Job:
         gated = dataclasses.replace(report, gates=check(self.gates, report))
         return _Variant(scheme=name, outcome=outcome, report=gated)
 
+    def passing(self) -> list[_Variant]:
+        """The variants that meet all gates."""
+        return [v for v in self.variants if not v.refusal]
+
     def best(self) -> _Variant:
         """Of the variants that pass, the one of least latency times size; else the first.
 
         Of several that are alike in that, the most faithful.
         """
-        passing = [v for v in self.variants if not v.refusal]
+        passing = self.passing()
         if not passing:
             return self.variants[0]
         least = min(v.latency * v.size for v in passing)
