@@ -152,8 +152,9 @@ def validate(
     if data is None:
         evaluation = _made_up(model)
     else:
-        evaluation = as_data(data, model, images).first(samples)
-        notes = evaluation.notes
+        opened = as_data(data, model, images)
+        evaluation = opened.first(samples)
+        notes = (*opened.notes, *_left_out(opened, samples))
     report = _measured(
         Path(original), Path(candidate), evaluation, threads=threads, stage=stage or _silent
     )
@@ -256,6 +257,7 @@ class _Job:
             self.evaluation: Data | list[Feed] = _made_up(self.model)
         else:
             self.evaluation = held_out.first(self.samples)
+            self.notes.extend(_left_out(held_out, self.samples))
         if not self.gates:
             labelled = isinstance(self.evaluation, Data) and self.evaluation.labels is not None
             self.gates = (*DEFAULT_GATES, DEFAULT_DROP) if labelled else DEFAULT_GATES
@@ -368,6 +370,12 @@ def _because(variant: _Variant, best: _Variant | None) -> str:
     smaller, faster = best.size * _ALIKE < variant.size, best.latency * _ALIKE < variant.latency
     words = [w for w, true in (("smaller", smaller), ("faster", faster)) if true]
     return f"{figures}; {best.scheme} is {' and '.join(words) or 'as small and fast, and no worse'}"
+
+
+def _left_out(data: Data, samples: int) -> tuple[str, ...]:
+    if data.size is None or data.size <= samples:
+        return ()
+    return (f"compared on the first {samples} of {data.size} feeds, as many as samples says",)
 
 
 def _alone(path: Path, feed: Feed, threads: int) -> Measurement:

@@ -192,6 +192,13 @@ def test_a_recipe_runs_its_passes_and_holds_its_gates():
     assert [gate["gate"]["metric"] for gate in found["gates"]] == ["sqnr"]
 
 
+def test_what_is_left_out_of_a_comparison_is_told():
+    for verb in (("validate", "m.onnx", "m.onnx", "--data"), ("compress", "m.onnx", "-o", "o.onnx",
+                 "--evaluate")):  # fmt: skip
+        notes = json.loads(run(*verb, "x.npz", "--samples", "7", "--json").stdout)["notes"]
+        assert "compared on the first 7 of 40 feeds, as many as samples says" in notes
+
+
 def test_dynamic_quantization_takes_its_options():
     options = ("--scheme", "dynamic", "--exclude", "MatMul")
     assert run("quantize", "m.onnx", "-o", "out.onnx", *options).exit_code == 0
