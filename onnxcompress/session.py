@@ -40,6 +40,7 @@ _SHARED_BYTES = 1024
 _LOCATION = "weights"
 _PROVIDERS = ["CPUExecutionProvider"]
 _FATAL, _WARNING = 4, 2
+_EXPORT_AGAIN = "export it again in a form that this version runs"
 
 
 class Session:
@@ -96,7 +97,7 @@ class Session:
         Raises:
             InputError: if the feed does not fit the model or an operator fails on it.
         """
-        with _one_sentence(f"cannot run {self._title}"):
+        with _one_sentence(f"cannot run {self._title}", "give data that suits the model"):
             if self._foreign:
                 values = {name: _to_ort(array) for name, array in feed.items()}
                 found = self._session.run_with_ort_values(self.outputs, values, self._run_options)
@@ -140,10 +141,13 @@ def _start(
     """The session, and the arrays that must live as long as it does."""
     if isinstance(model, Path):
         if outputs is None:
-            with _one_sentence(f"cannot load {title}"):
+            with _one_sentence(f"cannot load {title}", _EXPORT_AGAIN):
                 return ort.InferenceSession(str(model), options, _PROVIDERS), []
         model = model_io.load(model)
-    with _one_sentence(f"cannot load {title}"), tempfile.TemporaryDirectory() as folder:
+    with (
+        _one_sentence(f"cannot load {title}", _EXPORT_AGAIN),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         copy = model.clone()
         if outputs is not None:
             _replace_outputs(copy.graph, outputs, title)
@@ -231,7 +235,7 @@ def _trim() -> None:
 
 
 @contextmanager
-def _one_sentence(failure: str) -> Generator[None]:
+def _one_sentence(failure: str, remedy: str) -> Generator[None]:
     """Turn ONNX Runtime's multi-line errors into one sentence; its binding raises many types."""
     try:
         yield
@@ -239,5 +243,6 @@ def _one_sentence(failure: str) -> Generator[None]:
         raise
     except Exception as error:
         text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", str(error))
-        text = re.sub(r"\S+\.(?:cc|h|cpp):\d+ ", "", text)
-        raise InputError(f"ONNX Runtime {failure}: {' '.join(text.split())[:500]}") from error
+        text = re.sub(r"\S+\.(?:cc|h|cpp):\d+ |^Load model from .*? failed:", "", text)
+        reason = " ".join(text.split())[:500].rstrip(". ")
+        raise InputError(f"ONNX Runtime {failure}: {reason}; {remedy}") from error
