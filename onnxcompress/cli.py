@@ -83,7 +83,7 @@ def compress(
     report: Path | None,
     as_json: bool,
 ) -> None:
-    """Make MODEL smaller and faster, prove it, and write it: the main job.
+    """Make MODEL smaller and faster, and prove it: the main job.
 
     Tries static and dynamic int8, runs each beside the original on data held out of calibration,
     times both in turns, and keeps the smallest and fastest (least size times latency) that passes
@@ -125,7 +125,10 @@ def compress(
 @flags.output
 @flags.as_json
 def optimize(model: Path, output: Path, as_json: bool) -> None:
-    """Rewrite MODEL exactly: fold batchnorm, constants and scales, drop what nothing reads."""
+    """Fold and simplify MODEL exactly.
+
+    Folds batchnorm, constants and scales, removes identities and what nothing reads.
+    """
     from onnxcompress import api
 
     _rewrite("optimize", model, output, as_json, lambda stage: api.optimize(model))
@@ -194,7 +197,10 @@ def quantize(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Quantize MODEL to 8 bits and write it, without comparing; `compress` compares."""
+    """Quantize MODEL to 8 bits, without comparing.
+
+    Writes what one scheme gives; `compress` tries several and compares.
+    """
     from onnxcompress import api
     from onnxcompress.observations import merge_all
 
@@ -246,7 +252,7 @@ def calibrate(
     images: str | None,
     as_json: bool,
 ) -> None:
-    """Observe MODEL on DATA and write statistics, for `quantize --statistics`.
+    """Observe MODEL on DATA, for `quantize --statistics`.
 
     All methods of `quantize` find their ranges in them, and those of several runs merge.
     """
@@ -293,7 +299,10 @@ def calibrate(
 @flags.exclude
 @flags.as_json
 def prune(model: Path, output: Path, as_json: bool, **options: Any) -> None:
-    """Set the weights of MODEL that are least in magnitude to zero, after the exact rewrites."""
+    """Set the least of the weights of MODEL to zero.
+
+    Applies the exact rewrites first.
+    """
     from onnxcompress import api
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
@@ -330,7 +339,10 @@ def validate(
     report: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare any CANDIDATE with its ORIGINAL: quality on the same inputs, size and latency."""
+    """Compare any CANDIDATE with its ORIGINAL.
+
+    Quality on the same inputs, output by output and tensor by tensor, size, latency and memory.
+    """
     from onnxcompress.job import validate as run
 
     flags.check_report(report, original, candidate)
@@ -363,7 +375,10 @@ def validate(
 @flags.threads
 @flags.as_json
 def bench(models: tuple[Path, ...], seconds: float, threads: int, as_json: bool) -> None:
-    """Measure size, latency and peak memory of MODELS, in turns with the first."""
+    """Measure size, latency and memory of MODELS.
+
+    Each is timed by itself and in turns with the first.
+    """
     from onnxcompress.measure import bench as run
     from onnxcompress.report import listing, to_plain
 
@@ -377,7 +392,10 @@ def bench(models: tuple[Path, ...], seconds: float, threads: int, as_json: bool)
 @flags.target
 @flags.as_json
 def inspect(model: Path, target: str, as_json: bool) -> None:
-    """Show what is in MODEL, and what of it would run on integers."""
+    """Show what is in MODEL.
+
+    And what of it would run on integers on the target, what would not, and why.
+    """
     from onnxcompress.inspection import inspect as run
     from onnxcompress.report import listing, to_plain
 

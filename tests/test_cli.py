@@ -105,6 +105,10 @@ def test_every_option_has_help_and_every_verb_an_example(verb: str):
     assert f"onnxcompress {verb} " in help_of(verb) and "Exit codes: 0 done" in help_of(verb)
 
 
+def test_the_list_of_verbs_is_not_cut_short():
+    assert "..." not in run("--help").output.split("Commands:")[1]
+
+
 def test_help_states_the_defaults():
     compress = help_of("compress")
     for gate in (*job.DEFAULT_GATES, job.DEFAULT_DROP):
