@@ -28,6 +28,11 @@ def same(a: RangeFreeHistogram, b: RangeFreeHistogram) -> bool:
     )
 
 
+def test_a_tiny_negative_is_counted_once():
+    points, counts = RangeFreeHistogram.of(np.array([-1e-45], np.float32)).points()
+    assert len(points) == 1 and counts.tolist() == [1]
+
+
 @given(data, data, data)
 def test_merging_is_exact_associative_and_commutative(a, b, c):
     x, y, z = map(RangeFreeHistogram.of, (a, b, c))

@@ -91,7 +91,9 @@ class RangeFreeHistogram:
         if self.minimum > self.maximum:
             return np.empty(0, np.float32), np.empty(0, np.int64)
         ends = np.array([self.minimum, self.maximum], np.float32)
-        buckets = np.union1d(self.buckets, bucket_index(ends))
+        indices = bucket_index(ends)
+        indices = np.where(indices == _NEGATIVE_ZERO, np.uint16(0), indices)  # as in `_one_zero`
+        buckets = np.union1d(self.buckets, indices)
         counts = np.ones(len(buckets), np.int64)
         counts[np.searchsorted(buckets, self.buckets)] = self.counts
         bits = buckets.astype(np.uint32) << np.uint32(16)
