@@ -8,7 +8,6 @@ at all, tensor by tensor; `docs/decisions/saving.md` says how and why.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 import re
@@ -27,6 +26,7 @@ from onnx.serialization import registry as _formats
 from onnxcompress import names, tensors, wire
 from onnxcompress.atomic import Draft, locked, sync
 from onnxcompress.errors import InputError, OnnxCompressError
+from onnxcompress.garbage import rarely_collected
 from onnxcompress.mapped import MappedFile
 
 INLINE_LIMIT = 1_800_000_000
@@ -64,7 +64,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
             size its data does not have.
     """
     path = Path(path)
-    with _reading(path), _collector_paused():
+    with _reading(path), rarely_collected():
         proto, file = _parse(path)
         sparse = tensors.take_sparse(proto.graph)
         maps = _take_map_types(proto.graph)
@@ -82,19 +82,6 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     if "ai.onnx" in opsets:  # the other spelling of the default domain
         opsets.setdefault("", opsets.pop("ai.onnx"))
     return model
-
-
-@contextmanager
-def _collector_paused() -> Generator[None]:
-    """Let no garbage be looked for: of the many objects made, all stay, and looking takes half
-    of the time that a large graph needs."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def size_on_disk(path: str | os.PathLike[str]) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxcompress.contract import CalibratedPass, Figure, Pass, Result, Skip, Statistics, Want
+from onnxcompress.garbage import rarely_collected
 
 Observer = Callable[[ir.Model, Sequence[Want]], Statistics]
 """Runs a model over the calibration data and keeps what was wanted."""
@@ -59,7 +60,17 @@ def run(
     Raises:
         InputError: if a pass lacks statistics or refuses its options.
     """
-    model = model.clone()
+    with rarely_collected():
+        return _run(model.clone(), passes, statistics, observer, started)
+
+
+def _run(
+    model: ir.Model,
+    passes: Iterable[Pass],
+    statistics: Statistics | None,
+    observer: Observer | None,
+    started: Callable[[str], None] | None,
+) -> Outcome:
     records: list[Record] = []
     for pass_ in passes:
         if started is not None:
