@@ -292,8 +292,9 @@ def calibrate(
 @click.option("--threshold", type=float, help="Zero all magnitudes below this instead.")
 @click.option(
     "--scope",
-    type=click.Choice(["tensor", "global"]),
-    help="Rank weights within each tensor or over the whole model.  [default: global]",
+    type=click.Choice(["layer_adaptive", "global", "tensor"]),
+    help="Rank weights over the whole model, by what they are to their own tensor or by magnitude, "
+    "or within each tensor.  [default: layer_adaptive]",
 )
 @flags.include
 @flags.exclude

@@ -19,7 +19,8 @@ from onnxcompress.errors import InputError
 from onnxcompress.numerics.row_sample import Patches
 
 Array = npt.NDArray[Any]
-Figure = float | int | str
+Figure = float | int | str | Mapping[str, float]
+"""One thing that a pass has to report, or the same thing of many tensors by name."""
 
 
 class Kind(StrEnum):
@@ -32,7 +33,7 @@ class Kind(StrEnum):
     MEAN = "mean"
     """Sum and count of each channel along `Want.axis`, in float64."""
     ROWS = "rows"
-    """A uniform sample of what a kernel multiplies by its weight, cut out as `Want.patches` says."""
+    """A uniform sample of what a kernel multiplies by its weight, cut as `Want.patches` says."""
 
 
 @dataclass(frozen=True, slots=True)

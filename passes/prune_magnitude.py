@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Figure, Pass, Result, Skip
 from onnxcompress.errors import InputError
+from onnxcompress.numerics.layer_adaptive import layer_adaptive_counts
 from onnxcompress.numerics.magnitudes import Cut, cut_below, cut_smallest, prune, pruned_blocks
 from onnxcompress.operators import (
     TABLE,
@@ -32,12 +33,19 @@ _CONTRACTING: Final = tuple(op for op, row in TABLE.items() if row.role is Role.
 class PruneMagnitude(Pass):
     """Set the weights of smallest magnitude to zero.
 
-    w' = 0 where |w| is among the round(n · sparsity) smallest of all n weights together (or of each
-    tensor's own with scope tensor), else w. One threshold for all spares the layers that need
-    their weights: on 100 photos a mobilenetv2 at sparsity 0.3 agrees with float on 0.64 that way,
-    on 0.03 by tensor. Among equal magnitudes the first go, so the count is met exactly; weights
-    that are zero already count. With `threshold` instead, all |w| below it. What is kept is not
-    changed.
+    w' = 0 for round(n · sparsity) of all n weights, else w, which is not changed. Within a tensor
+    the smallest go. How many go of each is for `scope` to say. Layer-adaptive (LAMP): those of
+    least w² / Σ v² over all v of the tensor with |v| ≥ |w|, which no scaling of a layer alters, so
+    that no layer is emptied because batchnorm was folded into it. Global: those of least |w|.
+    Tensor: the same share of each. Accuracy on 100 to 150 images after pruning alone:
+
+        sparsity 0.3    float   layer_adaptive   global   tensor
+        photo_digits            0.885            0.851    0.860
+        mobilenetv2             0.74             0.27     0.00
+        tinydarknet             0.60             0.55     0.04
+
+    Among equals the first go, so the count is met exactly; weights that are zero already count.
+    With `threshold` instead, all |w| below it go.
 
     Zeros stay zeros in symmetric quantization, whose zero_point is 0, so prune first. A file with
     many zeros compresses better; ONNX Runtime's dense kernels are not faster for it.
@@ -47,8 +55,8 @@ class PruneMagnitude(Pass):
     Skip: weights that the caller may override, that are computed or stored as integers, that
     something else reads too, that the model returns, or that have few elements.
 
-    Idempotent. Source: Han et al., Learning both Weights and Connections for Efficient Neural
-    Networks, 2015.
+    Idempotent. Sources: Han et al., Learning both Weights and Connections for Efficient Neural
+    Networks, 2015; Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, ICLR 2021.
     """
 
     name: ClassVar[str] = "prune_magnitude"
@@ -57,8 +65,8 @@ class PruneMagnitude(Pass):
     """Share of weights that are zero afterwards, from 0 to 1; half where no option says."""
     threshold: float | None = None
     """Prune all magnitudes below this instead of a share."""
-    scope: Literal["tensor", "global"] = "global"
-    """Apply `sparsity` to all weights together, or to each tensor by itself."""
+    scope: Literal["layer_adaptive", "global", "tensor"] = "layer_adaptive"
+    """Rank all weights by their share of their tensor or by magnitude, or each tensor's alone."""
     include: tuple[str, ...] = _CONTRACTING
     """Nodes' names or operator types whose weights are pruned, or names of initializers."""
     exclude: tuple[str, ...] = ()
@@ -130,13 +138,15 @@ class PruneMagnitude(Pass):
     def _cuts(self, tensors: Sequence[ir.TensorProtocol]) -> list[Cut]:
         if self.threshold is not None:
             return [cut_below(t, self.threshold, wide=_wide([t])) for t in tensors]
-        groups = [tensors] if self.scope == "global" else [[t] for t in tensors]
         share = 0.5 if self.sparsity is None else self.sparsity
-        cuts: list[Cut] = []
-        for group in groups:
-            count = round(sum(t.size for t in group) * share)
-            cuts += cut_smallest(group, count, wide=_wide(group))
-        return cuts
+        count, wide = round(sum(t.size for t in tensors) * share), _wide(tensors)
+        if self.scope == "global":
+            return cut_smallest(tensors, count, wide=wide)
+        counts = [round(t.size * share) for t in tensors]
+        if self.scope == "layer_adaptive":
+            counts = layer_adaptive_counts(tensors, count, wide=wide)
+        pairs = zip(tensors, counts, strict=True)
+        return [cut for t, c in pairs for cut in cut_smallest([t], c, wide=_wide([t]))]
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -217,6 +227,6 @@ def _figures(
     figures: dict[str, Figure] = {"weights": sum(sizes), "zeros": sum(zeros)}
     if weights:
         figures["sparsity"] = sum(zeros) / sum(sizes)
-    for weight, count, size in zip(weights, zeros, sizes, strict=True):
-        figures[f"sparsity of {weight.name}"] = count / size
+    counted = zip(weights, zeros, sizes, strict=True)
+    figures["sparsity by tensor"] = {w.name or "": count / size for w, count, size in counted}
     return figures

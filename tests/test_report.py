@@ -16,7 +16,7 @@ import onnx_ir as ir
 import pytest
 from rich.console import Console
 
-from onnxcompress.contract import Skip
+from onnxcompress.contract import Figure, Skip
 from onnxcompress.errors import InputError
 from onnxcompress.gates import METRICS, Gate
 from onnxcompress.latency import Latency
@@ -154,6 +154,18 @@ def test_a_file_is_described_without_its_folder(tmp_path: Path):
 def test_every_metric_can_be_read():
     assert set(READERS) == set(METRICS)
     assert all(reader(report()) is not None for reader in READERS.values())
+
+
+def test_a_figure_of_each_tensor_is_data_and_one_line_to_people():
+    shares = {EVIL: 0.25, **{f"w{i}": 0.5 + i / 1000 for i in range(100)}}
+    figures: dict[str, Figure] = {"zeros": 7, "sparsity by tensor": shares}
+    said = replace(report(), passes=(Record("prune", {}, True, (), figures, 0.0),))
+    assert json.loads(to_json(said))["passes"][0]["figures"] == figures
+    shown = " ".join(text(said).split())
+    assert "zeros 7, sparsity by tensor 0.599 at most (w99)" in shown and "w98" not in shown
+    page = render(said)
+    assert all(f">{name}<" in page for name in shares if name != EVIL)
+    assert EVIL not in page and "&lt;script&gt;" in page and "\x1b" not in page
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def cut_below(array: Readable, threshold: float, *, wide: bool) -> Cut:
     """The cut of all magnitudes below `threshold`, rounded to the array's dtype."""
     content = array.numpy()
     rounded = np.asarray(threshold, np.float64).astype(content.dtype)
-    key = int(next(_keys(rounded, wide))[0])
+    key = int(next(magnitude_keys(rounded, wide))[0])
     below, _, zeros = _tally(content, key, wide)
     return _cut(key, 0, wide, below, zeros)
 
@@ -84,7 +84,7 @@ def prune(array: Array, cut: Cut) -> Array:
 def pruned_blocks(array: Array, cut: Cut) -> Iterator[Array]:
     """The elements of `prune(array, cut)` in order, a piece at a time."""
     flat, start, ties = array.reshape(-1), 0, cut.ties
-    for keys in _keys(array, cut.wide):
+    for keys in magnitude_keys(array, cut.wide):
         block = flat[start : start + len(keys)].copy()
         chosen = keys < cut.key
         if ties:
@@ -117,7 +117,7 @@ def _digits(arrays: Sequence[Readable], shift: int, prefix: int, wide: bool) -> 
     """How often each digit occurs at `shift` in the keys that begin with `prefix`, (65536,)."""
     counts = np.zeros(1 << _DIGIT, np.int64)
     for array in arrays:
-        for keys in _keys(array.numpy(), wide):
+        for keys in magnitude_keys(array.numpy(), wide):
             heads = keys >> shift
             if shift + _DIGIT < 8 * keys.itemsize:
                 heads = heads[heads >> _DIGIT == prefix]
@@ -129,15 +129,15 @@ def _digits(arrays: Sequence[Readable], shift: int, prefix: int, wide: bool) -> 
 def _tally(array: Array, key: int, wide: bool) -> tuple[int, int, int]:
     """How many keys are below `key`, equal to it, and zero."""
     below = equal = zeros = 0
-    for keys in _keys(array, wide):
+    for keys in magnitude_keys(array, wide):
         below += int(np.count_nonzero(keys < key))
         equal += int(np.count_nonzero(keys == key))
         zeros += len(keys) - int(np.count_nonzero(keys))
     return below, equal, zeros
 
 
-def _keys(array: Array, wide: bool) -> Iterator[Array]:
-    """The keys of an array's elements in order, in blocks."""
+def magnitude_keys(array: Array, wide: bool) -> Iterator[Array]:
+    """The keys of an array's elements in order, in blocks of uint32, or of uint64 if `wide`."""
     flat = array.reshape(-1)
     number, key = (np.float64, np.uint64) if wide else (np.float32, np.uint32)
     for start in range(0, flat.size, _BLOCK):

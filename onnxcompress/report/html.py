@@ -73,6 +73,7 @@ def render(report: Report) -> str:
         worst=validation.worst_layers(_WORST_LAYERS) if validation else [],
         skips=say.skip_groups(report),
         passes=say.passes_done(report),
+        tables=say.figure_tables(report),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -129,6 +129,16 @@ def passes_done(report: Report) -> list[tuple[str, str, int]]:
     return rows
 
 
+def figure_tables(report: Report) -> list[tuple[str, str, Mapping[str, float]]]:
+    """What passes report of each tensor: the pass, what it is, and the figures by name."""
+    return [
+        (record.name, name, value)
+        for record in report.passes
+        for name, value in record.figures.items()
+        if isinstance(value, Mapping) and value
+    ]
+
+
 def shorten(text: str, width: int) -> str:
     """`text` in `width` characters, cut in the middle: both ends of a tensor's name tell most."""
     if len(text) <= width:
@@ -235,4 +245,7 @@ def _figures(figures: Iterable[tuple[str, Figure]], modified: bool) -> str:
 
 
 def _figure(value: Figure) -> str:
+    if isinstance(value, Mapping):  # of many tensors, the one that has most
+        name, most = max(value.items(), key=lambda item: item[1])
+        return f"{most:.4g} at most ({name})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -14,20 +16,29 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxcompress.contract import Result
+from onnxcompress import job
+from onnxcompress.cli import main
+from onnxcompress.contract import Pass, Result
 from onnxcompress.errors import InputError
+from onnxcompress.measure import Measurement
 from onnxcompress.numerics.magnitudes import cut_smallest, prune
+from onnxcompress.numerics.saturation import trim_pairs
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.prune_magnitude import PruneMagnitude
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
+from onnxcompress.targets import Target
 from tests.passes.exactness import Net, apply, run
 
 PASS = PruneMagnitude(sparsity=0.5, scope="tensor", min_elements=0)
+
+
+NUMBERS_32 = st.floats(-4, 4, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0])
 
 
 def weights(proto: onnx.ModelProto) -> dict[str, Any]:
@@ -56,19 +67,55 @@ def test_half_of_each_tensor_is_zero():
         "weights": 65,
         "zeros": 32,
         "sparsity": 32 / 65,
-        "sparsity of w0": 0.5,
-        "sparsity of w1": 12 / 25,
+        "sparsity by tensor": {"w0": 0.5, "w1": 12 / 25},
     }
     assert [np.count_nonzero(w == 0) for w in weights(after).values()] == [20, 0, 12, 0]
     onnx.checker.check_model(after)
 
 
+def shares(result: Result) -> dict[str, float]:
+    found = result.figures["sparsity by tensor"]
+    assert isinstance(found, Mapping)
+    return dict(found)
+
+
 def test_globally_the_smaller_tensor_gives_more():
     small, large = normal(6, 6), 3 * normal(6, 6, seed=1)
-    _, result = apply(PruneMagnitude(min_elements=0), layers(small, large))
+    pass_ = PruneMagnitude(scope="global", min_elements=0)
+    _, result = apply(pass_, layers(small, large))
     assert result.figures["zeros"] == 36
-    shares = {k: float(v) for k, v in result.figures.items()}
-    assert shares["sparsity of w0"] > 0.6 > 0.4 > shares["sparsity of w1"]
+    assert shares(result)["w0"] > 0.6 > 0.4 > shares(result)["w1"]
+
+
+def test_by_default_the_scale_of_a_tensor_does_not_matter():
+    pass_ = PruneMagnitude(min_elements=0)
+    plain, first = apply(pass_, layers(normal(6, 9), normal(9, 6, seed=1)))
+    after, second = apply(pass_, layers(normal(6, 9), 1024 * normal(9, 6, seed=1)))
+    assert first.figures == second.figures and first.figures["zeros"] == 54
+    assert 0.3 < shares(first)["w0"] < 0.7
+    assert np.array_equal(1024 * weights(plain)["w1"], weights(after)["w1"])
+
+
+SMALL = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.just(5)), elements=NUMBERS_32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(SMALL, min_size=1, max_size=3), st.floats(0, 1))
+def test_by_default_the_smallest_of_each_tensor_go(values: Any, share: float):
+    before = {f"w{i}": value for i, value in enumerate(values)}
+    net = Net()
+    for name, value in before.items():
+        net.op("MatMul", net.input(f"x_{name}", 1, len(value)), net.weight(name, value))
+    after, result = apply(PruneMagnitude(sparsity=share, min_elements=0), net.model())
+    count = round(sum(v.size for v in values) * share)
+    zeros = 0
+    for name, weight in weights(after).items():
+        gone = weight != before[name]
+        kept = np.abs(weight[weight != 0])
+        assert not weight[gone].any(), "what is not zero was not touched"
+        assert np.abs(before[name][gone]).max(initial=0) <= kept.min(initial=np.inf)
+        zeros += np.count_nonzero(weight == 0)
+    assert zeros == result.figures["zeros"] == max(count, sum((v == 0).sum() for v in values))
 
 
 def test_a_threshold_is_strict_and_in_the_dtype_of_the_weight():
@@ -84,7 +131,7 @@ def test_of_equal_magnitudes_the_first_go():
     assert weights(after)["w0"].tolist() == [[0, 0, 1], [-1, 1, 1]]
 
 
-@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("scope", ["layer_adaptive", "global", "tensor"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 1.0])
 def test_a_second_run_changes_nothing(scope: Any, sparsity: float):
     pass_ = dataclasses.replace(PASS, scope=scope, sparsity=sparsity)
@@ -230,15 +277,6 @@ def test_weights_in_branches_and_functions_and_constant_nodes():
     np.testing.assert_allclose(y, x @ sparse @ sparse, rtol=1e-5)
 
 
-def test_zeros_survive_dynamic_quantization():
-    proto = layers(normal(24, 12), normal(12, 12, seed=1))
-    sparse, _ = apply(dataclasses.replace(PASS, sparsity=0.7), proto)
-    quantized, _ = apply(QuantizeDynamic(min_elements=0), sparse)
-    zeros = weights(sparse)["w0"] == 0
-    codes = weights(quantized)["w0_quantized"]
-    assert not codes[zeros].any() and np.count_nonzero(zeros) == 202
-
-
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """Statistics of a model whose every value was seen from -4 to 4."""
@@ -256,15 +294,85 @@ class Seen:
         return []
 
 
-def test_zeros_survive_static_quantization():
-    sparse, _ = apply(dataclasses.replace(PASS, sparsity=0.7), layers(normal(24, 12)))
-    seen: Any = Seen()
-    quantized, result = apply(InsertQdq(statistics=seen), sparse)
+SEEN: Any = Seen()
+QDQ = InsertQdq(statistics=SEEN)
+
+
+@pytest.fixture(params=["bounded", "free"])
+def pair_sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights for processors whose sums of pairs saturate, and for others."""
+    bounded = property(lambda _: request.param == "bounded")
+    monkeypatch.setattr(Target, "bounds_pair_sums", bounded)
+
+
+@pytest.mark.usefixtures("pair_sums")
+@pytest.mark.parametrize("pass_", [QuantizeDynamic(min_elements=0), QDQ], ids=lambda p: p.name)
+def test_zeros_survive_quantization(pass_: Pass):
+    """Of normal weights, and of pairs of large ones, whose sums would saturate."""
+    weight = np.concatenate([normal(24, 12), np.full((8, 12), 4, np.float32)])
+    sparse, _ = apply(dataclasses.replace(PASS, sparsity=0.6), layers(weight, normal(12, 12)))
+    quantized, result = apply(pass_, sparse)
     assert result.modified
-    zeros = weights(sparse)["w0"] == 0
-    assert not weights(quantized)["w0_quantized"][zeros].any() and zeros.sum() == 202
-    points = [v for k, v in weights(quantized).items() if "w0" in k and "zero_point" in k]
-    assert points and not any(p.any() for p in points)
+    held = weights(quantized)
+    for name in ("w0", "w1"):
+        zeros, codes = weights(sparse)[name] == 0, held[f"{name}_quantized"]
+        assert codes.dtype == np.int8 and not codes[zeros].any() and codes.any()
+        assert np.count_nonzero(zeros) == round(0.6 * zeros.size)
+    points = [v for k, v in held.items() if k.startswith("w") and "zero_point" in k]
+    assert not any(p.any() for p in points)
+
+
+@given(hnp.arrays(np.int8, (3, 7), elements=st.integers(-127, 127) | st.just(0)))
+def test_zeros_survive_the_trimming_of_pairs(rows: Any):
+    assert not trim_pairs(rows)[rows == 0].any()
+
+
+RECIPE = """
+[gates]
+accuracy_drop = "<= 0.02"
+top1_agreement = ">= 0.9"
+
+[[passes]]
+name = "fold_batchnorm"
+
+[[passes]]
+name = "prune_magnitude"
+sparsity = 0.3
+
+[[passes]]
+name = "insert_qdq"
+"""
+DIGITS = Path(__file__).parents[2] / "models" / "photo_digits"
+
+
+def test_pruned_and_quantized_by_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(job, "_LATENCY_SECONDS", 0.05)
+    alone = Measurement(path="m.onnx", size=1, p50_ms=1, p90_ms=1, runs=1, peak_memory=1)
+    monkeypatch.setattr(job, "measure", lambda *args, **kwargs: alone)  # pyright: ignore[reportUnknownLambdaType]
+    (tmp_path / "r.toml").write_text(RECIPE)
+    done = CliRunner().invoke(
+        main,
+        [
+            *("compress", f"{DIGITS}/model.onnx", "-o", f"{tmp_path}/small.onnx", "--json"),
+            *("--recipe", f"{tmp_path}/r.toml", "--samples", "256"),
+            *("--calibrate", f"{DIGITS}/calibration.npz"),
+            *("--evaluate", f"{DIGITS}/evaluation.npz"),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    _, pruned, quantized = report["passes"]
+    figures = pruned["figures"]
+    assert figures["sparsity"] == pytest.approx(0.3, abs=1e-4)
+    assert 0 <= min(figures["sparsity by tensor"].values()) < 0.3
+    assert 0.3 < max(figures["sparsity by tensor"].values()) < 0.9
+    assert quantized["figures"]["integer kernels"] > 10 and not quantized["skips"]
+    assert report["result"]["size"] < report["source"]["size"] / 3
+    (attempt,) = [attempt for attempt in report["attempts"] if attempt["kept"]]
+    assert attempt["scheme"] == "recipe"
+    codes = [w for w in weights(onnx.load(tmp_path / "small.onnx")).values() if w.dtype == np.int8]
+    zeros = sum(np.count_nonzero(c == 0) for c in codes if c.ndim > 1)
+    assert figures["zeros"] <= zeros < 0.4 * figures["weights"]
 
 
 def overridable() -> onnx.ModelProto:
@@ -334,7 +442,11 @@ def test_a_product_of_activations_is_no_site():
     net.input("x", 4, 4)
     net.output(net.op("MatMul", "x", "x", out="y"))
     _, result = apply(PASS, net.model())
-    assert result.skips == () and result.figures == {"weights": 0, "zeros": 0}
+    assert result.skips == () and result.figures == {
+        "weights": 0,
+        "zeros": 0,
+        "sparsity by tensor": {},
+    }
 
 
 @pytest.mark.parametrize(
@@ -357,7 +469,8 @@ def numbers(seed: int) -> ir.TensorProtocol:
     return ir.tensor((np.arange(1 << 22, dtype=np.float32) % (1013 + seed)).reshape(2048, 2048))
 
 
-def test_large_weights_are_never_held():
+@pytest.mark.parametrize("scope", ["layer_adaptive", "global"])
+def test_large_weights_are_never_held(scope: Any):
     """Six weights of 16 MB: the peak stays near one of them."""
     model = ir.from_proto(layers(*(np.zeros((1, 1), np.float32) for _ in range(8))))
     shape = ir.Shape((2048, 2048))
@@ -366,7 +479,7 @@ def test_large_weights_are_never_held():
         model.graph.initializers[f"w{index}"].const_value = lazy
     tracemalloc.start()
     try:
-        result = dataclasses.replace(PASS, scope="global")(model)
+        result = dataclasses.replace(PASS, scope=scope)(model)
         weight = model.graph.initializers["w3"].const_value
         assert isinstance(weight, ir.LazyTensor)
         assert 0.45 < np.count_nonzero(weight.numpy() == 0) / weight.size < 0.55
