@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -173,7 +173,9 @@ def _want(key: tuple[str, str, int, str]) -> Want:
 
 
 def _patches(fields: Mapping[str, Any]) -> Patches:
-    return Patches(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    tuples = {k: tuple(cast(list[int], v)) for k, v in fields.items() if isinstance(v, list)}
+    everything: dict[str, Any] = {**fields, **tuples}
+    return Patches(**everything)
 
 
 def _packed(observations: Observations) -> dict[str, Array]:
