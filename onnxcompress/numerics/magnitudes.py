@@ -17,7 +17,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 _DIGIT: Final = 16  # bits decided in one pass
-_BLOCK: Final = 1 << 20  # elements
+_BLOCK: Final = 1 << 18  # elements, which stay in the cache from one operation to the next
 
 
 class Readable(Protocol):
