@@ -76,6 +76,7 @@ def quantize(
     data: Any = None,
     *,
     scheme: Literal["static", "dynamic"] = "static",
+    effort: schemes.Effort = "fast",
     statistics: Statistics | None = None,
     target: str = "cpu",
     samples: int = SAMPLES,
@@ -90,6 +91,7 @@ def quantize(
     Args:
         data: what to calibrate with; static quantization needs it, or `statistics`.
         scheme: static (activations too, from statistics) or dynamic (activations at run time).
+        effort: what static quantization does against its error; see `schemes.static`.
         statistics: what `calibrate` gave.
         options: those of the pass, `InsertQdq` or `QuantizeDynamic`.
 
@@ -104,10 +106,12 @@ def quantize(
         raise InputError(
             "static quantization needs calibration data: give some, or use the dynamic scheme"
         )
+    if data is None and effort == "thorough":
+        raise InputError("thorough quantization runs the model: give data beside the statistics")
     watch = None
     if data is not None:
         watch = observer(as_data(data, model, images), samples, progress, executor)
-    passes = schemes.static(target, **options)
+    passes = schemes.static(target, effort, **options)
     return run(model, passes, statistics=statistics, observer=watch, started=started)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxcompress.observe import Progress
     from onnxcompress.pipeline import Outcome
     from onnxcompress.report import Report
+    from onnxcompress.schemes import Effort
 
 
 @click.group(epilog=flags.EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,6 +62,7 @@ main.command_class = Verb
     show_default=True,
     help="Quantization to try; none applies exact rewrites only.",
 )
+@flags.effort("thorough")
 @flags.gates
 @flags.target
 @flags.samples
@@ -75,6 +77,7 @@ def compress(
     evaluate: str | None,
     recipe: Path | None,
     scheme: Scheme,
+    effort: Effort,
     gates: tuple[str, ...],
     target: str,
     samples: int,
@@ -108,6 +111,7 @@ def compress(
                 recipe=None if recipe is None else Recipe.from_toml(recipe),
                 target=target,
                 scheme=scheme,
+                effort=effort,
                 gates=flags.read_gates(gates),
                 images=flags.read_images(images),
                 samples=samples,
@@ -179,6 +183,7 @@ def optimize(model: Path, output: Path, as_json: bool) -> None:
     default=None,
     help="A weight's scales: one an output channel, or one.  [default: per-channel]",
 )
+@flags.effort("fast")
 @flags.include
 @flags.exclude
 @flags.target
@@ -191,6 +196,7 @@ def quantize(
     calibrate: str | None,
     statistics: tuple[Path, ...],
     scheme: str,
+    effort: Effort,
     target: str,
     samples: int,
     images: str | None,
@@ -217,6 +223,7 @@ def quantize(
             model,
             calibrate,
             scheme=scheme,  # pyright: ignore[reportArgumentType]
+            effort=effort,
             statistics=merged,
             target=target,
             samples=samples,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -50,6 +51,17 @@ EXIT_CODES = """\b
 Exit codes: 0 done, 1 unexpected failure, 2 bad usage or input, 3 a gate was not
 met, 4 integrity or signature failure. A failure leaves every file as it was.
 """
+
+
+def effort(default: str) -> Callable[[Any], Any]:
+    """The option of how much is done against the error of static quantization."""
+    return click.option(
+        "--effort",
+        type=click.Choice(["fast", "thorough"]),
+        default=default,
+        show_default=True,
+        help="thorough also rounds weights by each layer's output and corrects biases (static).",
+    )
 
 
 def examples(*lines: str) -> str:

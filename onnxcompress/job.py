@@ -63,6 +63,7 @@ def compress(
     recipe: Recipe | None = None,
     target: str = "cpu",
     scheme: Scheme = "auto",
+    effort: schemes.Effort = "thorough",
     gates: Sequence[Gate] = (),
     images: Images | None = None,
     samples: int = SAMPLES,
@@ -82,6 +83,7 @@ def compress(
         evaluate: data to compare on; the last fifth of `calibrate` is held out when None, and
             made-up inputs are used where there is no data at all.
         recipe: passes to run in place of the schemes, with its own gates and target.
+        effort: what static quantization does against its error; see `schemes.static`.
         scheme: try only this one; "none" applies the exact rewrites alone.
         gates: bounds that the result must hold; `DEFAULT_GATES` when empty.
         images: how an image becomes the input; needed for a folder of images.
@@ -106,7 +108,7 @@ def compress(
     with job.timed("load"):
         job.open(calibrate, evaluate, images)
     asked = recipe is not None or scheme != "auto"
-    for name, passes in job.plans(recipe, scheme):
+    for name, passes in job.plans(recipe, scheme, effort):
         if asked and job.passing():
             break
         job.attempt(name, passes)
@@ -264,13 +266,15 @@ class _Job:
             self.by_default = True
         self.original = ModelFile.of(self.source)
 
-    def plans(self, recipe: Recipe | None, scheme: Scheme) -> Iterator[tuple[str, Passes]]:
+    def plans(
+        self, recipe: Recipe | None, scheme: Scheme, effort: schemes.Effort
+    ) -> Iterator[tuple[str, Passes]]:
         """The variants to try, by name, the exact rewrites last."""
         if recipe is not None:
             yield "recipe", recipe.passes
         elif scheme in ("auto", "static"):
             if self.calibration is not None:
-                yield "static", schemes.static(self.target)
+                yield "static", schemes.static(self.target, effort)
             elif scheme == "static":
                 raise InputError("the static scheme needs calibration data: give some")
         if recipe is None and scheme in ("auto", "dynamic"):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from onnxcompress import targets
 from onnxcompress.contract import Pass
 from onnxcompress.passes import EXACT
+from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.fuse_gemm import FuseGemm
 from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
 from onnxcompress.passes.raise_opset import RaiseOpset
 from onnxcompress.passes.remove_unused import RemoveUnused
+from onnxcompress.passes.round_second_order import RoundSecondOrder
 from onnxcompress.passes.split_transposed import SplitTransposed
 from onnxcompress.passes.write_as_add import WriteAsAdd
 
+Effort = Literal["fast", "thorough"]
 _WITHOUT_PAIRS = ("LSTM", "Gather")
 
 
@@ -37,14 +40,20 @@ def before_static(target: str = "cpu") -> tuple[Pass, ...]:
     )
 
 
-def static(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
+def static(target: str = "cpu", effort: Effort = "fast", **options: Any) -> tuple[Pass, ...]:
     """Weights and activations as integers; `options` are those of `InsertQdq`.
 
     Recurrent weights and tables of embeddings, which no pair reaches, are quantized by themselves.
+
+    Args:
+        effort: fast rounds to nearest; thorough rounds by each layer's output and corrects biases,
+            for which the quantized model is run over the data as well.
     """
+    compensation = (RoundSecondOrder(target=target), CorrectBias())
     return (
         *before_static(target),
         InsertQdq(target=target, **options),
+        *(compensation if effort == "thorough" else ()),
         QuantizeDynamic(target=target, include=_WITHOUT_PAIRS),
         RemoveUnused(),
     )

@@ -1,6 +1,7 @@
 """The passes, one graph rewrite a file, in the order in which a pipeline runs them."""
 
 from onnxcompress.contract import Pass
+from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.deduplicate_initializers import DeduplicateInitializers
 from onnxcompress.passes.fold_batchnorm import FoldBatchnorm
 from onnxcompress.passes.fold_constants import FoldConstants
@@ -13,6 +14,7 @@ from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
 from onnxcompress.passes.raise_opset import RaiseOpset
 from onnxcompress.passes.remove_identity import RemoveIdentity
 from onnxcompress.passes.remove_unused import RemoveUnused
+from onnxcompress.passes.round_second_order import RoundSecondOrder
 from onnxcompress.passes.settle_initializers import SettleInitializers
 from onnxcompress.passes.split_transposed import SplitTransposed
 from onnxcompress.passes.write_as_add import WriteAsAdd
@@ -38,5 +40,7 @@ ALL: tuple[type[Pass], ...] = (
     FuseGemm,
     PruneMagnitude,
     InsertQdq,
+    RoundSecondOrder,
+    CorrectBias,
     QuantizeDynamic,
 )
