@@ -105,24 +105,24 @@ class RoundSecondOrder(CalibratedPass):
     ) -> tuple[bool, float, float]:
         """Whether anything changed, and the error before and after as shares of the power."""
         weight, scales, codes = kernel.weight(), kernel.scales(), kernel.integers()
-        mean = rows.mean(axis=1, keepdims=True)
-        rows -= mean
-        covariance = gram_matrix(rows)
-        constant = np.swapaxes(mean, 1, 2) @ mean
-        power = float(output_error(weight, covariance + constant).sum())
-        before = float(
-            output_error(weight - codes * scales[..., None], covariance + constant).sum()
-        )
-        gram = covariance if kernel.bias is not None else covariance + constant
+        centered = kernel.bias is not None
+        mean = rows.mean(axis=1) if centered else np.zeros_like(rows[:, 0])
+        rows -= mean[:, None]
+        gram = gram_matrix(rows)
         pairs = targets.load(self.target).bounds_pair_sums and not kernel.depthwise
-        found = round_rows(weight, codes, scales, gram, damping=self.damping, bound_pairs=pairs)
-        lost = weight - found * scales[..., None]
+        found, before, after = round_rows(
+            weight, codes, scales, gram, damping=self.damping, bound_pairs=pairs
+        )
         changed = kernel.write(found)
-        if kernel.bias is not None:
-            correction = (lost * mean).sum(axis=2, dtype=np.float64) * kernel.data_scale
-            changed |= kernel.write_bias(kernel.bias_codes(correction))
-        after = float(output_error(lost, gram).sum())
-        return changed, before / power if power else 0.0, after / power if power else 0.0
+        if centered:
+            lost = np.einsum("gnk,gk->gn", weight - found * scales[..., None], mean)
+            bias = kernel.bias_codes(lost * np.float64(kernel.data_scale))
+            changed |= kernel.write_bias(bias)
+            before = before + np.square(
+                np.einsum("gnk,gk->gn", weight - codes * scales[..., None], mean)
+            )
+        power = float(output_error(weight, gram).sum() + np.square(weight @ mean[..., None]).sum())
+        return changed, *(float(e.sum()) / power if power else 0.0 for e in (before, after))
 
 
 def _figures(errors: Sequence[tuple[float, float]]) -> dict[str, Figure]:

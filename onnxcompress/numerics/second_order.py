@@ -50,8 +50,12 @@ def round_rows(
     *,
     damping: float,
     bound_pairs: bool,
-) -> Codes:
+) -> tuple[Codes, Floats, Floats]:
     """Codes with less output error than `codes`; in rows where that fails, `codes` themselves.
+
+    With them the output errors [G, N] before and after.
+
+    A weight of exactly zero stays zero, for it may have been pruned.
 
     Args:
         weights: [G, N, K], G independent groups of N rows.
@@ -68,8 +72,10 @@ def round_rows(
     target = (weights / scales[..., None]).astype(gram.dtype)
     columns = np.ascontiguousarray(np.swapaxes(target, 1, 2))
     found = np.swapaxes(_successive(columns, gram, damping, bound_pairs), 1, 2)
-    better = output_error(target - found, gram) < output_error(target - codes, gram)
-    return np.where(better[..., None], found, codes).astype(np.int8)
+    before, after = (output_error(target - c, gram) for c in (codes, found))
+    chosen = np.where((after < before)[..., None], found, codes).astype(np.int8)
+    unit = np.square(scales, dtype=np.float64)
+    return chosen, before * unit, np.minimum(before, after) * unit
 
 
 def _successive(target: Floats, gram: Floats, damping: float, bound_pairs: bool) -> Floats:
@@ -83,13 +89,15 @@ def _successive(target: Floats, gram: Floats, damping: float, bound_pairs: bool)
     for stop in range(size, 0, -_BLOCK):
         start = max(stop - _BLOCK, 0)
         later = np.swapaxes(factor[:, stop:, start:stop], 1, 2) @ errors[:, stop:]
+        block = np.swapaxes(factor[:, start:stop, start:stop], 1, 2).copy()
         for k in range(stop - 1, start - 1, -1):
-            within = factor[:, None, k + 1 : stop, k] @ errors[:, k + 1 : stop]
+            within = block[:, k - start, None, k + 1 - start :] @ errors[:, k + 1 : stop]
             at = order[:, k]
             wanted = target[each, at]
             code = np.rint(wanted + later[:, k - start] + within[:, 0])
             low, high = _limits(codes, each, at, bound_pairs)
             code = np.minimum(np.maximum(code, low), high)
+            code *= wanted != 0
             codes[each, at] = code
             errors[:, k] = wanted - code
     return codes
