@@ -52,7 +52,8 @@ class WeightStore:
     def initializer(self, name: str, content: Array | ir.TensorProtocol) -> ir.Value:
         """A new initializer of the graph."""
         name = self.fresh(name)
-        tensor = ir.tensor(content, name=name) if isinstance(content, np.ndarray) else content
+        # ir.tensor would ask a Protocol what it is, which costs more than all else here.
+        tensor = ir.Tensor(content, name=name) if isinstance(content, np.ndarray) else content
         tensor.name = name
         value = ir.val(name, tensor.dtype, tensor.shape.numpy(), const_value=tensor)
         self.graph.register_initializer(value)
