@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxcompress.api import calibrate, load_statistics, optimize, prune, quantize
     from onnxcompress.contract import CalibratedPass, Pass, Result, Skip, Want
-    from onnxcompress.data import open_data
+    from onnxcompress.data import Images, open_data
     from onnxcompress.errors import GateError, InputError, IntegrityError, OnnxCompressError
     from onnxcompress.gates import Gate
-    from onnxcompress.images import Images
     from onnxcompress.inspection import inspect
     from onnxcompress.job import compress, validate
     from onnxcompress.measure import bench
@@ -27,10 +26,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "api": ("calibrate", "load_statistics", "optimize", "prune", "quantize"),
     "contract": ("CalibratedPass", "Pass", "Result", "Skip", "Want"),
-    "data": ("open_data",),
+    "data": ("Images", "open_data"),
     "errors": ("GateError", "InputError", "IntegrityError", "OnnxCompressError"),
     "gates": ("Gate",),
-    "images": ("Images",),
     "inspection": ("inspect",),
     "job": ("compress", "validate"),
     "measure": ("bench",),

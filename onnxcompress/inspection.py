@@ -11,11 +11,11 @@ import onnx_ir as ir
 
 from onnxcompress import schemes, targets
 from onnxcompress.contract import Skip
+from onnxcompress.data.ports import Port, interface
+from onnxcompress.graph.placement import place
 from onnxcompress.model_io import load, size_on_disk
 from onnxcompress.operators import Role, operator
 from onnxcompress.pipeline import run
-from onnxcompress.placement import place
-from onnxcompress.ports import Port, interface
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

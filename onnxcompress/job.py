@@ -21,8 +21,8 @@ from onnxcompress.contract import Pass
 from onnxcompress.data import Data, Images
 from onnxcompress.errors import DataError, GateError, InputError
 from onnxcompress.gates import Gate
-from onnxcompress.latency import paired_latency
 from onnxcompress.measure import Measurement, measure, random_feed
+from onnxcompress.measure.latency import paired_latency
 from onnxcompress.model_io import check_writable, load, save
 from onnxcompress.observe import Progress
 from onnxcompress.pipeline import Outcome, run

@@ -12,11 +12,11 @@ import onnx_ir as ir
 
 from onnxcompress.contract import CalibratedPass, Kind, Result, Skip, Statistics, Want
 from onnxcompress.errors import InputError
-from onnxcompress.names import FreshNames
+from onnxcompress.graph.names import FreshNames
+from onnxcompress.graph.quantized_kernels import QuantizedKernel, quantized_kernels
+from onnxcompress.graph.quantized_weights import FLOAT
 from onnxcompress.numerics.second_order import gram_matrix, output_error
 from onnxcompress.operators import operator
-from onnxcompress.quantized_kernels import QuantizedKernel, quantized_kernels
-from onnxcompress.quantized_weights import FLOAT
 
 Floats = npt.NDArray[np.float64]
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final
 import onnx_ir as ir
 
 from onnxcompress.contract import Pass, Result, Skip
-from onnxcompress.scopes import Names, subgraphs
+from onnxcompress.graph.scopes import Names, subgraphs
 
 _PROBE: Final = 256
 _HOISTED: Final = 1024

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Pass, Result, Skip
-from onnxcompress.folding import Folding
-from onnxcompress.linear import (
+from onnxcompress.graph.folding import Folding
+from onnxcompress.graph.linear import (
     Affine,
     Declined,
     NoSite,

@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Array, Pass, Result, Skip
-from onnxcompress.evaluate import EVALUATED, Tensors, Undecided, evaluation
+from onnxcompress.graph.evaluate import EVALUATED, Tensors, Undecided, evaluation
+from onnxcompress.graph.scopes import Declared, subgraphs
 from onnxcompress.operators import DEFAULT_DOMAINS, constant_tensor
-from onnxcompress.scopes import Declared, subgraphs
 
 _LARGE: Final = 1 << 20
 _DEEPEST: Final = 4

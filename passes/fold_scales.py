@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Array, Pass, Result, Skip
-from onnxcompress.folding import Edit, Folding
-from onnxcompress.linear import (
+from onnxcompress.graph.folding import Edit, Folding
+from onnxcompress.graph.linear import (
     LARGE,
     Affine,
     Declined,
@@ -23,8 +23,8 @@ from onnxcompress.linear import (
     linear,
     tensor_of,
 )
+from onnxcompress.graph.scopes import Declared
 from onnxcompress.operators import Role, operator
-from onnxcompress.scopes import Declared
 
 _ROUNDS: Final = 256.0
 """`(x + c) - d` of constants at least this large that nearly cancel may be there to round `x`."""

@@ -12,11 +12,11 @@ import onnx_ir as ir
 from onnxcompress import targets
 from onnxcompress.contract import Array, CalibratedPass, Histogram, Kind, Result, Skip, Want
 from onnxcompress.errors import InputError
+from onnxcompress.graph.placement import Placement, absorbed_output, matches, place
+from onnxcompress.graph.quantized_weights import WeightStore
 from onnxcompress.numerics.affine import RANGES, Affine, affine, quantize
 from onnxcompress.numerics.thresholds import clip_range
 from onnxcompress.operators import constant, data_inputs, output_range, slope
-from onnxcompress.placement import Placement, absorbed_output, matches, place
-from onnxcompress.quantized_weights import WeightStore
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ import onnx_ir as ir
 
 from onnxcompress import targets
 from onnxcompress.contract import Pass, Result, Skip
+from onnxcompress.graph.placement import matches
+from onnxcompress.graph.quantized_weights import WeightStore
 from onnxcompress.numerics.rows import row_bounds, row_sqnr
 from onnxcompress.operators import (
     DEFAULT_DOMAINS,
@@ -23,8 +25,6 @@ from onnxcompress.operators import (
     out_axis,
     weight_inputs,
 )
-from onnxcompress.placement import matches
-from onnxcompress.quantized_weights import WeightStore
 
 _OPSET: Final = 11
 _CONTRIB: Final = "com.microsoft"

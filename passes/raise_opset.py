@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Pass, Result, Skip
 from onnxcompress.errors import InputError
-from onnxcompress.opset_changes import NEWEST, OLDEST, Declined, Edit, Site, Types, edits
+from onnxcompress.graph.opset_changes import NEWEST, OLDEST, Declined, Edit, Site, Types, edits
 
 _LEAST = 13
 
@@ -32,7 +32,7 @@ class RaiseOpset(Pass):
     touched, and the IR version rises with the operators where it must.
 
     The differences, from version 7 to 24, are those of the ONNX operator changelog
-    (onnx.ai/onnx/operators); `onnxcompress.opset_changes` lists them.
+    (onnx.ai/onnx/operators); `onnxcompress.graph.opset_changes` lists them.
     """
 
     name: ClassVar[str] = "raise_opset"

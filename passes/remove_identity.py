@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Array, Pass, Result, Skip
+from onnxcompress.graph.scopes import Declared, Names, subgraphs
 from onnxcompress.operators import DEFAULT_DOMAINS, constant_tensor, int_attribute
-from onnxcompress.scopes import Declared, Names, subgraphs
 
 _SMALL: Final = 1 << 16
 """Bytes up to which a constant is read to see whether it changes anything."""

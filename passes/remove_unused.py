@@ -10,8 +10,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from onnxcompress.contract import Pass, Result
+from onnxcompress.graph.scopes import subgraphs
 from onnxcompress.operators import DEFAULT_DOMAINS
-from onnxcompress.scopes import subgraphs
 
 _OPTIONAL_FROM: Final = {
     "Dropout": 1,

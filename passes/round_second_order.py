@@ -14,8 +14,8 @@ import onnx_ir as ir
 from onnxcompress import targets
 from onnxcompress.contract import CalibratedPass, Figure, Result, Skip, Want
 from onnxcompress.errors import InputError
+from onnxcompress.graph.quantized_kernels import QuantizedKernel, quantized_kernels
 from onnxcompress.numerics.second_order import gram_matrix, output_error, round_rows
-from onnxcompress.quantized_kernels import QuantizedKernel, quantized_kernels
 
 
 @dataclass(frozen=True, kw_only=True)

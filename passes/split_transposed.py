@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Array, Pass, Result, Skip
-from onnxcompress.names import FreshNames
+from onnxcompress.graph.names import FreshNames
 from onnxcompress.operators import DEFAULT_DOMAINS, constant, constant_tensor, int_attribute
 
 _OPSET: Final = 11

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Pass, Result
-from onnxcompress.names import FreshNames
+from onnxcompress.graph.names import FreshNames
 from onnxcompress.operators import DEFAULT_DOMAINS, constant
 
 _BROADCASTS = 8

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress.audit import audit
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
+from onnxcompress.validation.audit import audit
 from tests.passes.exactness import Net
 from tests.passes.test_insert_qdq import conv, feeds_of, quantized
 

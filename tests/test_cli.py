@@ -22,8 +22,8 @@ from onnx import parser
 import onnxcompress
 from onnxcompress import api, job
 from onnxcompress.cli import main
+from onnxcompress.data.images import Images
 from onnxcompress.gates import METRICS
-from onnxcompress.images import Images
 from onnxcompress.measure import Measurement
 from onnxcompress.options import fields
 from onnxcompress.passes.insert_qdq import InsertQdq

@@ -16,8 +16,8 @@ from onnx import numpy_helper
 from PIL import Image
 
 from onnxcompress.data import Data, Images, Port, interface, open_data
+from onnxcompress.data.sources import Once
 from onnxcompress.errors import InputError
-from onnxcompress.sources import Once
 
 ZOO = Path(__file__).parents[2] / "shared" / "zoo"
 F32, I64, U8 = (np.dtype(t) for t in (np.float32, np.int64, np.uint8))

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxcompress.errors import InputError
-from onnxcompress.latency import in_turns, median_interval, paired_latency
 from onnxcompress.measure import bench, measure, random_feed
+from onnxcompress.measure.latency import in_turns, median_interval, paired_latency
 
 MODEL = """
 <ir_version: 8, opset_import: ["" : 17]>

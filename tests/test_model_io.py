@@ -17,9 +17,10 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxcompress import atomic, model_io
+from onnxcompress import model_io
 from onnxcompress.errors import InputError, OnnxCompressError
-from onnxcompress.mapped import MappedTensor
+from onnxcompress.model_io import atomic
+from onnxcompress.model_io.mapped import MappedTensor
 from tests.benchmarks import scale
 
 WEIGHT = np.random.default_rng(0).normal(size=(160, 160)).astype(np.float32)  # 100 KiB
@@ -603,7 +604,8 @@ _SAVE_AND_KILL = """
 import itertools, os, random, signal, sys, time
 from pathlib import Path
 import numpy as np, onnx_ir as ir
-from onnxcompress import atomic, model_io
+from onnxcompress import model_io
+from onnxcompress.model_io import atomic
 
 folder, source = Path(sys.argv[1]), sys.argv[2]
 weight = model_io.load(source).graph.initializers["w"].const_value.numpy()

@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from onnxcompress.contract import Kind, Want
 from onnxcompress.numerics.histogram import Unobservable
 from onnxcompress.numerics.row_sample import Patches, RowSample, RowSampleBuilder
-from onnxcompress.observations import Observations
+from onnxcompress.observe.observations import Observations
 
 EVERYTHING = 1 << 20
 WINDOWS = [

@@ -19,9 +19,8 @@ from rich.console import Console
 from onnxcompress.contract import Figure, Skip
 from onnxcompress.errors import InputError
 from onnxcompress.gates import METRICS, Gate
-from onnxcompress.latency import Latency
-from onnxcompress.layers import Layer
 from onnxcompress.measure import Measurement
+from onnxcompress.measure.latency import Latency
 from onnxcompress.numerics.decisions import Metric, Score
 from onnxcompress.pipeline import Record
 from onnxcompress.report import Attempt, Measured, ModelFile, Report, check, to_json
@@ -39,6 +38,7 @@ from onnxcompress.report.summary import (
 )
 from onnxcompress.report.terminal import show
 from onnxcompress.validation import OutputFigures, Validation
+from onnxcompress.validation.layers import Layer
 
 EVIL = "<script>alert(1)</script>[red]\x1b[2J\"'&"
 

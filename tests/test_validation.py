@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from onnxcompress.class_scores import gives_class_scores
 from onnxcompress.errors import InputError
 from onnxcompress.numerics.decisions import Agreement, Metric, Scorer, within_top
 from onnxcompress.numerics.fidelity import Fidelity
 from onnxcompress.session import Feed, Session
 from onnxcompress.validation import compare
+from onnxcompress.validation.class_scores import gives_class_scores
 
 CHAIN = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -344,7 +344,7 @@ def test_a_model_whose_insides_cannot_be_given_out_is_still_validated(
     def refuse(*args: object, **kwargs: object) -> None:
         raise InputError("ONNX Runtime refuses")
 
-    monkeypatch.setattr("onnxcompress.layers.Session", refuse)
+    monkeypatch.setattr("onnxcompress.validation.layers.Session", refuse)
     found = compare(chain(), chain(), feeds())
     assert found.layers == () and found.outputs[0].sqnr == math.inf
     assert found.warnings == ("layers were not compared: ONNX Runtime refuses",)

@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from onnxcompress.latency import Latency
 from onnxcompress.measure import Measurement
+from onnxcompress.measure.latency import Latency
 from onnxcompress.model_io import size_on_disk
 from onnxcompress.pipeline import Record
 from onnxcompress.report.gating import GateResult, check

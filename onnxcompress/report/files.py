@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
 
-from onnxcompress.atomic import write_file
 from onnxcompress.errors import InputError
+from onnxcompress.model_io.atomic import write_file
 from onnxcompress.report import Report, to_json
 
 _WIDTH = 120

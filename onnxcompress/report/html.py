@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnxcompress.errors import InputError
-from onnxcompress.layers import Layer
 from onnxcompress.report import Report
 from onnxcompress.report import summary as say
+from onnxcompress.validation.layers import Layer
 
 _WORST_LAYERS = 10
 _MOST_BARS = 400

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from onnxcompress.inspection import Inspection
 from onnxcompress.measure import Measurement
-from onnxcompress.observations import Observations
+from onnxcompress.observe.observations import Observations
 from onnxcompress.report.summary import clean
 from onnxcompress.report.summary import size as format_size
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from onnxcompress.errors import InputError
-from onnxcompress.latency import Latency, paired_latency
+from onnxcompress.measure.latency import Latency, paired_latency
 from onnxcompress.model_io import size_on_disk
 from onnxcompress.session import Session
 from tests.benchmarks import job

@@ -10,9 +10,9 @@ import onnx_ir as ir
 import pytest
 
 from onnxcompress.errors import InputError
+from onnxcompress.graph.quantized_kernels import quantized_kernels
 from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.insert_qdq import InsertQdq
-from onnxcompress.quantized_kernels import quantized_kernels
 from onnxcompress.session import Session
 from tests.passes.calibrated import apply
 from tests.passes.exactness import Net

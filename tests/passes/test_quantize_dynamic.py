@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxcompress import targets
 from onnxcompress.contract import Result
+from onnxcompress.graph.quantized_weights import WeightStore
 from onnxcompress.numerics.saturation import largest_pair_sum
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
-from onnxcompress.quantized_weights import WeightStore
 from onnxcompress.session import Session, optimized_model
 from tests.passes.exactness import Net, apply, count, random_feed, run
 

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from onnxcompress.contract import Result
 from onnxcompress.errors import InputError
-from onnxcompress.opset_changes import NEWEST
+from onnxcompress.graph.opset_changes import NEWEST
 from onnxcompress.passes.raise_opset import RaiseOpset
 
 BOTH = (13, NEWEST)

@@ -10,10 +10,10 @@ import onnx_ir as ir
 import pytest
 
 from onnxcompress.errors import InputError
+from onnxcompress.graph.quantized_kernels import quantized_kernels
 from onnxcompress.numerics.saturation import PAIR_LIMIT, largest_pair_sum
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.round_second_order import RoundSecondOrder
-from onnxcompress.quantized_kernels import quantized_kernels
 from onnxcompress.session import Session
 from tests.passes.calibrated import apply
 from tests.passes.exactness import Net

@@ -8,7 +8,7 @@ from itertools import chain
 
 import onnx_ir as ir
 
-from onnxcompress.scopes import subgraphs
+from onnxcompress.graph.scopes import subgraphs
 
 
 class FreshNames:

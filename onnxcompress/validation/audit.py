@@ -15,7 +15,7 @@ from typing import Final
 import onnx_ir as ir
 
 from onnxcompress.contract import Array, Skip
-from onnxcompress.names import FreshNames
+from onnxcompress.graph.names import FreshNames
 from onnxcompress.operators import DEFAULT_DOMAINS, Role, int_attribute, operator
 from onnxcompress.session import Feed, Session, optimized_model
 

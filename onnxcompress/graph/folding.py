@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxcompress.contract import Array
-from onnxcompress.linear import (
+from onnxcompress.graph.linear import (
     LARGE,
     Affine,
     Declined,
@@ -32,7 +32,7 @@ from onnxcompress.linear import (
     spread,
     tensor_of,
 )
-from onnxcompress.names import FreshNames
+from onnxcompress.graph.names import FreshNames
 
 
 @dataclass(frozen=True)

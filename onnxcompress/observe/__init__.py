@@ -32,7 +32,7 @@ from onnxcompress.errors import InputError
 from onnxcompress.numerics.exact_sum import ExactSum
 from onnxcompress.numerics.histogram import HistogramBuilder, Unobservable
 from onnxcompress.numerics.row_sample import RowSampleBuilder
-from onnxcompress.observations import ChannelRange, Kept, Observations, merge_all
+from onnxcompress.observe.observations import ChannelRange, Kept, Observations, merge_all
 from onnxcompress.session import Feed, Session
 
 __all__ = ["Observations", "Progress", "observe"]

@@ -16,9 +16,9 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from onnxcompress.atomic import Draft, locked, sync
 from onnxcompress.contract import Array, Kind, Want
 from onnxcompress.errors import InputError
+from onnxcompress.model_io.atomic import Draft, locked, sync
 from onnxcompress.numerics.exact_sum import GRIDS, ExactSum
 from onnxcompress.numerics.histogram import RangeFreeHistogram, Unobservable, extremes
 from onnxcompress.numerics.row_sample import Patches, RowSample

@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.class_scores import gives_class_scores
 from onnxcompress.contract import Array
 from onnxcompress.errors import InputError
-from onnxcompress.layers import Layer, LayerTaps
 from onnxcompress.model_io import load
 from onnxcompress.numerics.decisions import Agreement, Score, Scorer
 from onnxcompress.numerics.fidelity import Fidelity, decibel
 from onnxcompress.session import Feed, Session
+from onnxcompress.validation.class_scores import gives_class_scores
+from onnxcompress.validation.layers import Layer, LayerTaps
 
 _KERNEL_LOSS = 3.0
 """dB from which on what ONNX Runtime made of the candidate is told apart from the candidate."""

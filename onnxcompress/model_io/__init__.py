@@ -23,11 +23,12 @@ import onnx_ir as ir
 from onnx.external_data_helper import ExternalDataInfo
 from onnx.serialization import registry as _formats
 
-from onnxcompress import names, tensors, wire
-from onnxcompress.atomic import Draft, locked, sync
 from onnxcompress.errors import InputError, OnnxCompressError
 from onnxcompress.garbage import rarely_collected
-from onnxcompress.mapped import MappedFile
+from onnxcompress.graph import names
+from onnxcompress.model_io import tensors, wire
+from onnxcompress.model_io.atomic import Draft, locked, sync
+from onnxcompress.model_io.mapped import MappedFile
 
 INLINE_LIMIT = 1_800_000_000
 """Bytes of weights from which they go to a data file: protobuf readers stop at 2 GiB."""

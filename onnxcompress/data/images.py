@@ -12,8 +12,8 @@ import numpy as np
 
 from onnxcompress import options
 from onnxcompress.contract import Array
+from onnxcompress.data.ports import Port
 from onnxcompress.errors import InputError
-from onnxcompress.ports import Port
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -14,10 +14,10 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from onnxcompress.arrays import opened, stored_npz
 from onnxcompress.contract import Array
+from onnxcompress.data.arrays import opened, stored_npz
+from onnxcompress.data.ports import Port, check_dtype, check_names, shape_complaint, spec
 from onnxcompress.errors import InputError, OnnxCompressError
-from onnxcompress.ports import Port, check_dtype, check_names, shape_complaint, spec
 
 Item = tuple[str, Mapping[str, Any]]
 

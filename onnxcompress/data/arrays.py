@@ -22,7 +22,7 @@ from numpy.lib import format as npy
 
 from onnxcompress.contract import Array
 from onnxcompress.errors import InputError
-from onnxcompress.mapped import MappedFile
+from onnxcompress.model_io.mapped import MappedFile
 
 _PLAUSIBLE_RATIO = 200
 _SUSPECT_FROM = 1 << 28

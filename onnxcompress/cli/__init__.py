@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from onnxcompress import flags
-from onnxcompress.console import Verb, emit, stages, tell
+from onnxcompress.cli import flags
+from onnxcompress.cli.console import Verb, emit, stages, tell
 from onnxcompress.errors import GateError, InputError
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def quantize(
     Writes what one scheme gives; `compress` tries several and compares.
     """
     from onnxcompress import api
-    from onnxcompress.observations import merge_all
+    from onnxcompress.observe.observations import merge_all
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if scheme == "dynamic":

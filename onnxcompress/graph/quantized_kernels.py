@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.contract import Array, Kind, Skip, Want
+from onnxcompress.graph.quantized_weights import FLOAT
 from onnxcompress.numerics.affine import RANGES, SMALLEST_SCALE
 from onnxcompress.numerics.row_sample import Patches
 from onnxcompress.operators import (
@@ -23,7 +24,6 @@ from onnxcompress.operators import (
     operator,
     out_axis,
 )
-from onnxcompress.quantized_weights import FLOAT
 
 _OPERATORS = ("Conv", "Gemm", "MatMul")
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Array
-from onnxcompress.names import FreshNames
+from onnxcompress.graph.names import FreshNames
 from onnxcompress.numerics.affine import (
     SMALLEST_SCALE,
     Affine,

@@ -21,13 +21,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from onnxcompress.arrays import stored_npy, stored_npz
 from onnxcompress.contract import Array
-from onnxcompress.errors import DataError, InputError
-from onnxcompress.images import SUFFIXES, Images, photos
-from onnxcompress.ports import Feed, Port, check, conversions, convert, interface
-from onnxcompress.registry import load_plugin
-from onnxcompress.sources import (
+from onnxcompress.data.arrays import stored_npy, stored_npz
+from onnxcompress.data.images import SUFFIXES, Images, photos
+from onnxcompress.data.ports import Feed, Port, check, conversions, convert, interface
+from onnxcompress.data.sources import (
     Indexed,
     Item,
     Once,
@@ -38,6 +36,8 @@ from onnxcompress.sources import (
     from_npz_folder,
     from_test_data,
 )
+from onnxcompress.errors import DataError, InputError
+from onnxcompress.registry import load_plugin
 
 __all__ = ["Data", "Feed", "Images", "Port", "interface", "open_data"]
 

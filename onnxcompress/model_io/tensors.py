@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Array
 from onnxcompress.errors import InputError
-from onnxcompress.mapped import MappedFile, MappedTensor
+from onnxcompress.model_io.mapped import MappedFile, MappedTensor
 
 Tensor = ir.TensorProtocol
 Put = Callable[[Tensor], None]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from onnxcompress.data.images import Images
     from onnxcompress.gates import Gate
-    from onnxcompress.images import Images
 
 DATA = """\b
 DATA is one of
@@ -152,6 +152,6 @@ def read_images(text: str | None) -> Images | None:
     """
     if text is None:
         return None
-    from onnxcompress.images import Images
+    from onnxcompress.data.images import Images
 
     return Images.from_text(text)
