@@ -8,6 +8,7 @@ from onnxcompress import targets
 from onnxcompress.contract import Pass
 from onnxcompress.passes import EXACT
 from onnxcompress.passes.correct_bias import CorrectBias
+from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fuse_gemm import FuseGemm
 from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.insert_qdq import InsertQdq
@@ -46,14 +47,15 @@ def static(target: str = "cpu", effort: Effort = "fast", **options: Any) -> tupl
     Recurrent weights and tables of embeddings, which no pair reaches, are quantized by themselves.
 
     Args:
-        effort: fast rounds to nearest; thorough rounds by each layer's output and corrects biases,
-            for which the quantized model is run over the data as well.
+        effort: fast rounds to nearest; thorough first brings channels to alike ranges, rounds by
+            each layer's output and corrects biases, for which it runs the model several times.
     """
-    compensation = (RoundSecondOrder(target=target), CorrectBias())
+    thorough = effort == "thorough"
     return (
         *before_static(target),
+        *((Equalize(),) if thorough else ()),
         InsertQdq(target=target, **options),
-        *(compensation if effort == "thorough" else ()),
+        *((RoundSecondOrder(target=target), CorrectBias()) if thorough else ()),
         QuantizeDynamic(target=target, include=_WITHOUT_PAIRS),
         RemoveUnused(),
     )

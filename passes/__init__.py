@@ -3,6 +3,7 @@
 from onnxcompress.contract import Pass
 from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.deduplicate_initializers import DeduplicateInitializers
+from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fold_batchnorm import FoldBatchnorm
 from onnxcompress.passes.fold_constants import FoldConstants
 from onnxcompress.passes.fold_scales import FoldScales
@@ -39,6 +40,7 @@ ALL: tuple[type[Pass], ...] = (
     WriteAsAdd,
     FuseGemm,
     PruneMagnitude,
+    Equalize,
     InsertQdq,
     RoundSecondOrder,
     CorrectBias,

@@ -81,6 +81,8 @@ class InsertQdq(CalibratedPass):
             root: self._parameters(root, statistics.histogram(root.name or ""))
             for root in plan.roots
         }
+        for root in plan.roots:
+            _share_scale(root, plan, parameters)
         target = targets.load(self.target)
         weights = WeightStore(model.graph, target, per_channel=self.per_channel)
         _Rewrite(model.graph, plan, parameters, weights).run()
@@ -140,6 +142,24 @@ def _as_consumed(value: ir.Value, histogram: Histogram) -> Histogram:
         return histogram
     (usage,) = uses
     return _Weighted(histogram, usage.node)
+
+
+def _share_scale(value: ir.Value, plan: Placement, parameters: dict[ir.Value, Affine]) -> None:
+    """Let LeakyRelu give out the scale that it takes: what passes through is not rounded again.
+
+    A finer scale of its own would not bring back what the first rounding took.
+    """
+    node = value.producer()
+    if node is None or node.op_type != "LeakyRelu" or node not in plan.kernels:
+        return
+    source = parameters[plan.root(data_inputs(node)[0])]
+    qmin, qmax = source.range
+    below_zero = slope(node, np.array([-1.0]))
+    if below_zero is None or not 0 <= (alpha := float(below_zero[0])) <= 1:
+        return
+    below = np.ceil(alpha * (int(source.zero_point) - qmin))
+    zero_point = np.asarray(min(qmin + below, qmax), source.dtype)
+    parameters[value] = Affine(source.scale, zero_point, source.dtype)
 
 
 class _Rewrite:

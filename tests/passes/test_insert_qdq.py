@@ -449,3 +449,18 @@ def test_without_statistics_it_names_what_is_missing() -> None:
     net.output("y")
     with pytest.raises(InputError, match=r"insert_qdq needs statistics of 'x'"):
         InsertQdq()(ir.from_proto(net.model()))
+
+
+def test_leaky_relu_gives_out_the_scale_that_it_takes() -> None:
+    net = Net()
+    x = net.op("LeakyRelu", conv(net, net.input("x", *IMAGE)), alpha=0.1)
+    net.op("Relu", conv(net, x), out="y")
+    net.output("y")
+    model, _ = check(net, {"QLinearLeakyRelu": 1}, least=25)
+    (leaky,) = (n for n in model.graph if n.op_type == "LeakyRelu")
+    (use,) = leaky.outputs[0].uses()
+    before = leaky.inputs[0].producer() if leaky.inputs[0] else None
+    assert before is not None and use.node.op_type == "QuantizeLinear"
+    scales = [n.inputs[1].const_value for n in (before, use.node) if n.inputs[1] is not None]
+    assert scales[0] is not None and scales[1] is not None
+    assert scales[0].numpy() == scales[1].numpy()
