@@ -56,7 +56,7 @@ class Session:
             slower start and more memory, so turn it off for a few runs of a large model.
         spinning: let idle threads wait busily; turn it off where other threads need the cores.
         frugal: for many outputs at once: give each value its own memory for as long as it is
-            needed instead of planning one block for all, and give back what the start took.
+            needed instead of planning one block for all, and give back what lies freed in the heap.
         verbose: show ONNX Runtime's own warnings.
 
     Raises:
@@ -81,6 +81,8 @@ class Session:
         options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         self._title = str(model) if isinstance(model, Path) else repr(model.graph.name or "model")
+        if frugal:
+            _trim()
         self._session, self._lent = _start(model, outputs, options, self._title)
         if frugal:
             _trim()
