@@ -19,6 +19,7 @@ METRICS: Mapping[str, str] = {
     "top5_agreement": "share of samples whose top class is among the original's five",
     "accuracy": "accuracy against the labels",
     "accuracy_drop": "the original's accuracy minus this one's",
+    "integer_share": "share of the multiplications that run on integers",
     "size_ratio": "file size over the original's",
     "latency_ratio": "latency over the original's, measured in turns",
     "memory_ratio": "peak memory over the original's",

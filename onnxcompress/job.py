@@ -30,6 +30,7 @@ from onnxcompress.recipe import Recipe
 from onnxcompress.report import Attempt, Measured, ModelFile, Report, check
 from onnxcompress.session import Feed
 from onnxcompress.validation import compare
+from onnxcompress.validation.audit import Audit, audit
 
 Scheme = Literal["auto", "static", "dynamic", "none"]
 Passes = tuple[Pass, ...]
@@ -183,7 +184,10 @@ def _measured(
     stage("timing")(0, None)
     feed = next(iter(evaluation))
     latency = paired_latency(original, candidate, feed, threads=threads, seconds=_LATENCY_SECONDS)
-    seconds = {"validate": middle - begin, "latency": time.perf_counter() - middle}
+    end = time.perf_counter()
+    seconds = {"validate": middle - begin, "latency": end - middle}
+    audited, warnings = _audited(candidate, feed)
+    seconds["audit"] = time.perf_counter() - end
     source = source or _alone(original, feed, threads)
     result = _alone(candidate, feed, threads)
     return Report(
@@ -191,8 +195,18 @@ def _measured(
         source=ModelFile.of(original),
         result=ModelFile.of(candidate),
         validation=validation,
+        audit=audited,
+        warnings=warnings,
         measured=Measured(latency=latency, source=source, result=result, seconds=seconds),
     )
+
+
+def _audited(path: Path, feed: Feed) -> tuple[Audit | None, tuple[str, ...]]:
+    """What runs on integers, or the warning that it cannot be told."""
+    try:
+        return audit(load(path), feed), ()
+    except InputError as error:
+        return None, (f"how much of {path.name} runs on integers cannot be told: {error}",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,24 @@ def test_a_float_model_has_no_integers() -> None:
     assert not found.unfused
 
 
+def test_a_cell_that_gives_its_last_state_only_counts() -> None:
+    net = Net()
+    random = np.random.default_rng(0)
+    w = net.weight("W", random.standard_normal((1, 64, 8)))
+    r = net.weight("R", random.standard_normal((1, 64, 16)))
+    x = net.op("LSTM", net.input("x", 5, 3, 8), w, r, hidden_size=16)
+    net.op("Identity", x, out="y")
+    net.output("y")
+    model = ir.from_proto(net.model())
+    cell = next(node for node in model.graph if node.op_type == "LSTM")
+    cell.resize_outputs(2)
+    cell.outputs[1].name = "last"
+    x = cell.outputs[0]
+    x.replace_all_uses_with(cell.outputs[1])
+    x.name = ""
+    assert audit(model, feeds_of(net)[0]).macs == 5 * 3 * (64 * 8 + 64 * 16)
+
+
 def test_fused_kernels_count() -> None:
     net = network()
     model, _ = quantized(net.model(), feeds_of(net))

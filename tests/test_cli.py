@@ -23,6 +23,7 @@ import onnxcompress
 from onnxcompress import api, job
 from onnxcompress.cli import main
 from onnxcompress.data.images import Images
+from onnxcompress.errors import InputError
 from onnxcompress.gates import METRICS
 from onnxcompress.measure import Measurement
 from onnxcompress.options import fields
@@ -194,6 +195,25 @@ def test_a_recipe_runs_its_passes_and_holds_its_gates():
     assert [p["name"] for p in found["passes"]] == ["infer_shapes", "insert_qdq"]
     assert found["passes"][1]["options"]["method"] == "percentile"
     assert [gate["gate"]["metric"] for gate in found["gates"]] == ["sqnr"]
+
+
+def test_a_gate_holds_how_much_runs_on_integers():
+    wanted = ("--gate", "integer_share >= 1", "--json")
+    compress = ("compress", "m.onnx", "-o", "out.onnx", "--calibrate", "x.npz", *wanted)
+    found = json.loads(run(*compress).stdout)
+    assert found["audit"]["integer_macs"] == found["audit"]["macs"] == 2 * 16 * 16
+    assert run("validate", "m.onnx", "out.onnx", *wanted).exit_code == 0
+    assert run("validate", "m.onnx", "m.onnx", *wanted).exit_code == 3
+
+
+def test_an_audit_that_cannot_be_made_is_a_warning(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise InputError("no room")
+
+    monkeypatch.setattr(job, "audit", refuse)
+    found = run("validate", "m.onnx", "m.onnx", "--json")
+    assert found.exit_code == 0 and json.loads(found.stdout)["audit"] is None
+    assert json.loads(found.stdout)["warnings"][0].endswith("cannot be told: no room")
 
 
 def test_what_is_left_out_of_a_comparison_is_told():

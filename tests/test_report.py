@@ -28,6 +28,7 @@ from onnxcompress.report.gating import READERS
 from onnxcompress.report.html import layer_chart, render
 from onnxcompress.report.summary import (
     Verdict,
+    arithmetic_rows,
     clean,
     cost_rows,
     headline,
@@ -38,6 +39,7 @@ from onnxcompress.report.summary import (
 )
 from onnxcompress.report.terminal import show
 from onnxcompress.validation import OutputFigures, Validation
+from onnxcompress.validation.audit import Audit
 from onnxcompress.validation.layers import Layer
 
 EVIL = "<script>alert(1)</script>[red]\x1b[2J\"'&"
@@ -80,6 +82,7 @@ def report(name: str = "model.onnx") -> Report:
         passes=(record, Record("equalize", {}, False, (), {}, 0.1)),
         attempts=(Attempt(scheme="int8", kept=True, because="2x faster"),),
         validation=validation(),
+        audit=Audit(macs=1000, integer_macs=998, unfused=(Skip(name, "Gemm", "it did not fuse"),)),
         notes=("the last fifth of the data was held out",),
         warnings=(f"node {name!r} was left in float",),
         versions={"onnxruntime": "1.32"},
@@ -111,6 +114,7 @@ def test_json_is_the_same_twice_apart_from_what_was_measured():
 def test_json_spells_infinities_and_keeps_everything():
     found = json.loads(to_json(report()))
     assert found["schema"] == 1
+    assert (found["audit"]["integer_macs"], found["audit"]["macs"]) == (998, 1000)
     assert found["validation"]["layers"][0]["sqnr"] == "inf"
     assert found["validation"]["outputs"][0]["score"] == {
         "metric": "accuracy",
@@ -179,6 +183,7 @@ def test_a_figure_of_each_tensor_is_data_and_one_line_to_people():
         ("top5_agreement >= 0.9", 0.999, True),
         ("accuracy >= 0.79", 0.78, False),
         ("accuracy_drop <= 0.02", 0.01, True),
+        ("integer_share >= 0.999", 0.998, False),
         ("size_ratio <= 0.25", 0.25, True),
         ("latency_ratio <= 0.4", 0.5, False),
         ("memory_ratio <= 1", 0.75, True),
@@ -228,6 +233,12 @@ def test_a_ratio_that_may_be_one_is_called_the_same():
     assert rows[1].change == "same speed" and rows[1].verdict is Verdict.NEUTRAL
 
 
+def test_what_multiplies_nothing_has_no_share_of_integers():
+    (row,) = arithmetic_rows(report())
+    assert row.after == "99.8 %"
+    assert not arithmetic_rows(replace(report(), audit=Audit(macs=0, integer_macs=0)))
+
+
 def test_skips_are_grouped_by_reason():
     (group,) = skip_groups(report())
     assert (group.count, group.ops) == (4, "4 Conv")
@@ -259,8 +270,10 @@ def test_the_terminal_shows_everything():
         "not a tensor",
         "note: the last fifth",
         "warning: node",
+        "pairs that did not fuse: 1 Gemm (model.onnx)",
     ):
         assert said in shown
+    assert "arithmetic in integers 99.8 %" in " ".join(shown.split())
     assert shown.index("where the error enters") < shown.index("0.92 %") < shown.index("0.08 %")
 
 
@@ -294,6 +307,7 @@ def test_the_page_stands_alone_and_escapes_names():
     assert not [a for a, _ in page.attributes if a.startswith("on") or a in ("src", "href")]
     assert "<script>alert(1)</script>" in page.text and "\x1b" not in page.text
     assert page.tags.count("html") == 1 and "4.00x smaller" in page.text
+    assert "99.8 %" in page.text and "pairs that did not fuse: 1 Gemm" in page.text
 
 
 def test_the_page_is_the_same_twice_and_bears_an_empty_report():

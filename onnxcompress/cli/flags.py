@@ -43,6 +43,7 @@ GATE is a metric, a comparison and a number, such as 'sqnr >= 30':
   top5_agreement  share of samples whose first class is in the original's five
   accuracy        against the labels
   accuracy_drop   the original's accuracy minus this one's
+  integer_share   share of the multiplications that run on integers
   size_ratio      file size over the original's
   latency_ratio   latency over the original's, timed in turns
   memory_ratio    peak memory over the original's
@@ -60,7 +61,8 @@ def effort(default: str) -> Callable[[Any], Any]:
         type=click.Choice(["fast", "thorough"]),
         default=default,
         show_default=True,
-        help="thorough also rounds weights by each layer's output and corrects biases (static).",
+        help="thorough also equalizes channels, rounds weights by each layer's output and corrects "
+        "biases (static).",
     )
 
 

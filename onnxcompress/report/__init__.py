@@ -24,6 +24,7 @@ from onnxcompress.model_io import size_on_disk
 from onnxcompress.pipeline import Record
 from onnxcompress.report.gating import GateResult, check
 from onnxcompress.validation import Validation
+from onnxcompress.validation.audit import Audit
 
 __all__ = [
     "Attempt",
@@ -98,6 +99,8 @@ class Report:
     attempts: tuple[Attempt, ...] = ()
     """The schemes tried, in order; the last one kept is the result."""
     validation: Validation | None = None
+    audit: Audit | None = None
+    """How much of the result's arithmetic runs on integers; None where that cannot be told."""
     gates: tuple[GateResult, ...] = ()
     notes: tuple[str, ...] = ()
     """What a reader should know that is no warning: how data was split or converted."""

@@ -80,6 +80,10 @@ def _top5(report: Report) -> float | None:
     return _worst(min, lambda output: output.agreement_top_k)(report)
 
 
+def _integer_share(report: Report) -> float | None:
+    return report.audit.share if report.audit else None
+
+
 def _size_ratio(report: Report) -> float | None:
     return report.result.size / report.source.size if report.result else None
 
@@ -103,19 +107,21 @@ READERS: Mapping[str, Reader] = {
     "top5_agreement": _top5,
     "accuracy": _worst(min, _accuracy),
     "accuracy_drop": _worst(max, _accuracy_drop),
+    "integer_share": _integer_share,
     "size_ratio": _size_ratio,
     "latency_ratio": _latency_ratio,
     "memory_ratio": _memory_ratio,
 }
 """How to read each metric of `gates.METRICS` from a report; None where it was not measured."""
 
-_QUALITY = set(READERS) - {"size_ratio", "latency_ratio", "memory_ratio"}
+_QUALITY = set(READERS) - {"integer_share", "size_ratio", "latency_ratio", "memory_ratio"}
 _NO_DATA = "the model was not validated on data, or no output has this figure"
 _LACKING = {
     "top1_agreement": "no output looks like class scores, or there was no data",
     "top5_agreement": "no output looks like scores of more than five classes, or there was no data",
     "accuracy": "there are no labels that fit an output as classes",
     "accuracy_drop": "there are no labels that fit an output as classes",
+    "integer_share": "what ONNX Runtime makes of the model was not read back",
     "size_ratio": "nothing was written",
     "latency_ratio": "the models were not timed",
     "memory_ratio": "memory was not measured",

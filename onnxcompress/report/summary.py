@@ -107,6 +107,21 @@ def quality_rows(report: Report) -> list[Row]:
     ]
 
 
+def arithmetic_rows(report: Report) -> list[Row]:
+    """How much runs on integers, where anything is multiplied at all."""
+    if report.audit is None or not report.audit.macs:
+        return []
+    return [Row(label="arithmetic in integers", after=percent(report.audit.share))]
+
+
+def unfused(report: Report) -> str:
+    """The operators whose pairs only cost, in one line; empty where there are none."""
+    if report.audit is None or not report.audit.unfused:
+        return ""
+    group = _skip_group("", "", [*report.audit.unfused])
+    return f"pairs that did not fuse: {group.ops} ({group.examples})"
+
+
 def skip_groups(report: Report) -> list[SkipGroup]:
     """What was declined, by pass and reason, most frequent first."""
     groups: defaultdict[tuple[str, str], dict[Skip, None]] = defaultdict(dict)

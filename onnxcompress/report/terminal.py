@@ -10,6 +10,7 @@ from onnxcompress.report import Attempt, GateResult, Report
 from onnxcompress.report.summary import (
     Row,
     Verdict,
+    arithmetic_rows,
     clean,
     cost_rows,
     decibels,
@@ -19,6 +20,7 @@ from onnxcompress.report.summary import (
     quality_rows,
     shorten,
     skip_groups,
+    unfused,
 )
 
 _STYLES = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.NEUTRAL: ""}
@@ -39,9 +41,11 @@ def show(report: Report, console: Console, *, details: bool = True) -> None:
                 console.print(table)
     for note in report.notes:
         console.print(Text(f"note: {clean(note)}", style="dim"))
+    if lost := unfused(report):
+        console.print(Text(lost, style="yellow"))
     _show_verdicts(report, console)
     console.print(Text(headline(report), style="bold"))
-    results = [*cost_rows(report), *quality_rows(report)]
+    results = [*cost_rows(report), *arithmetic_rows(report), *quality_rows(report)]
     if results:
         console.print(_results(results))
 

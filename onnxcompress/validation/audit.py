@@ -14,10 +14,12 @@ from typing import Final
 
 import onnx_ir as ir
 
-from onnxcompress.contract import Array, Skip
+from onnxcompress.contract import Skip
 from onnxcompress.graph.names import FreshNames
 from onnxcompress.operators import DEFAULT_DOMAINS, Role, int_attribute, operator
 from onnxcompress.session import Feed, Session, optimized_model
+
+Shape = tuple[int, ...]
 
 _INTEGER_KERNELS: Final = frozenset(
     {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger"}
@@ -93,18 +95,20 @@ def _is_between_pairs(node: ir.Node) -> bool:
 def _macs(model: ir.Model, nodes: Iterable[ir.Node], feed: Feed) -> Mapping[ir.Node, int]:
     """Multiply-accumulates of each node, by the shapes that one run shows."""
     nodes = list(nodes)
-    wanted = {v.name: None for n in nodes for v in (*n.inputs[:3], n.outputs[0]) if v and v.name}
-    if not wanted:
-        return {}
-    found = Session(model, outputs=list(wanted), optimization="none").run(feed)
-    return {node: _macs_of(node, found) for node in nodes}
+    values = {v.name: v for n in nodes for v in (*n.inputs[:3], n.outputs[0]) if v and v.name}
+    known = {name: v.const_value for name, v in values.items() if v.const_value is not None}
+    shapes: dict[str, Shape] = {name: tuple(t.shape.numpy()) for name, t in known.items()}
+    if wanted := [name for name in values if name not in shapes]:
+        session = Session(model, outputs=wanted, optimization="none", prepack=False, frugal=True)
+        shapes |= {name: array.shape for name, array in session.run(feed).items()}
+    return {node: _macs_of(node, shapes) for node in nodes}
 
 
-def _macs_of(node: ir.Node, found: Mapping[str, Array]) -> int:
-    shapes: list[tuple[int, ...]] = [
-        found[v.name].shape if v is not None and v.name else () for v in node.inputs[:3]
+def _macs_of(node: ir.Node, found: Mapping[str, Shape]) -> int:
+    shapes: list[Shape] = [
+        found[v.name] if v is not None and v.name else () for v in node.inputs[:3]
     ]
-    output = found[node.outputs[0].name or ""].shape
+    output = found.get(node.outputs[0].name or "", ())  # a cell may give its last state only
     if node.op_type in _RECURRENT:
         steps, batch = shapes[0][:2]
         return steps * batch * (math.prod(shapes[1]) + math.prod(shapes[2]))
@@ -114,4 +118,4 @@ def _macs_of(node: ir.Node, found: Mapping[str, Array]) -> int:
         return math.prod(shapes[0]) * math.prod(shapes[1][1:])
     if node.op_type == "Gemm":
         return math.prod(output) * shapes[0][0 if int_attribute(node, "transA", 0) else 1]
-    return math.prod(output) * shapes[0][-1]
+    return math.prod(output) * math.prod(shapes[0][-1:])
