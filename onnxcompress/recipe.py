@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from onnxcompress import options
+from onnxcompress import options, targets
 from onnxcompress.contract import Pass
 from onnxcompress.errors import InputError, did_you_mean
 from onnxcompress.gates import Gate
@@ -76,7 +76,7 @@ class Recipe:
                 raise InputError(f"{where}: no key {key!r}{did_you_mean(key, _KEYS)}")
         return cls(
             _passes(table.get("passes", []), where, registry),
-            _target(table.get("target", "cpu"), where, registry),
+            _target(table.get("target", "cpu"), where),
             _gates(table.get("gates", {}), where),
         )
 
@@ -113,11 +113,11 @@ def _pass(table: Any, where: str, registry: Registry) -> Pass:
     return options.build(kind, rest, f"{where} ({kind.name})")
 
 
-def _target(name: Any, where: str, registry: Registry) -> str:
+def _target(name: Any, where: str) -> str:
     if not isinstance(name, str):
         raise InputError(f"{where}: target must be a string, not {name!r}")
     try:
-        registry.target_file(name)
+        targets.load(name)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return name

@@ -473,11 +473,8 @@ def test_plugins_open_their_own_names(monkeypatch: pytest.MonkeyPatch):
         def load(self):
             return lambda rest, ports: [{ports[0].name: rows(int(rest))}]
 
-    def entry_points(group: str, name: str) -> list[Point]:
-        assert group == "onnxcompress.data"
-        return [Point()] if name == "store" else []
-
-    monkeypatch.setattr("onnxcompress.data.entry_points", entry_points)
+    points = {"onnxcompress.data": {"store": Point()}}
+    monkeypatch.setattr("onnxcompress.data.plugins", points.__getitem__)
     np.testing.assert_array_equal(values(open_data("store:7", ROW)), rows(7))
 
 

@@ -49,7 +49,7 @@ class InsertThings(CalibratedPass):
             raise ValueError("count must not be negative")
 
 
-TOY = Registry({p.name: p for p in (FoldThings, InsertThings)}, targets={"cpu": Path("cpu.toml")})
+TOY = Registry.of([FoldThings, InsertThings])
 
 WRITTEN = """\
 target = "cpu"

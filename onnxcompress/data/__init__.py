@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -37,7 +36,7 @@ from onnxcompress.data.sources import (
     from_test_data,
 )
 from onnxcompress.errors import DataError, InputError
-from onnxcompress.registry import load_plugin
+from onnxcompress.plugins import load_plugin, plugins
 
 __all__ = ["Data", "Feed", "Images", "Port", "interface", "open_data"]
 
@@ -334,7 +333,7 @@ def _named_callable(name: str, ports: tuple[Port, ...]) -> Any:
     """What `plugin:rest`, `module:callable` or `file.py:callable` stands for."""
     module, _, attribute = name.rpartition(":")
     prefix, _, rest = name.partition(":")
-    for point in entry_points(group="onnxcompress.data", name=prefix):
+    if point := plugins("onnxcompress.data").get(prefix):
         return _call(load_plugin(point), name, rest, ports)
     found = _import(module, name)
     if not hasattr(found, attribute):

@@ -1,4 +1,8 @@
-"""What each runtime does well, as data: one TOML file a runtime beside this module."""
+"""What each runtime does well, as data: one TOML file a runtime beside this module.
+
+Another package adds one with an entry point `name = module:path`, the path of its TOML file, in
+the group `onnxcompress.targets`. What ships with the engine wins over one of the same name.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from onnxcompress.errors import InputError
+from onnxcompress.errors import InputError, did_you_mean
 from onnxcompress.numerics.affine import RANGES
+from onnxcompress.plugins import load_plugin, plugins
 
 Output = Literal["integer", "either"]
+_GROUP: Final = "onnxcompress.targets"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,22 +71,36 @@ class Target:
 
 
 def names() -> list[str]:
-    """The targets that ship with the engine, sorted."""
-    files = resources.files("onnxcompress.targets").iterdir()
-    return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
+    """The targets that ship with the engine and those of other packages, sorted."""
+    return sorted({*_shipped(), *plugins(_GROUP)})
 
 
 @cache
 def load(name: str) -> Target:
-    """The shipped target `name`.
+    """The target `name`.
 
     Raises:
-        InputError: if there is none of that name.
+        InputError: if there is none of that name, or its file cannot be read as one.
     """
-    if name not in names():
-        raise InputError(f"unknown target {name!r}: choose one of {', '.join(names())}")
-    text = (resources.files("onnxcompress.targets") / f"{name}.toml").read_text("utf-8")
-    return parse(name, tomllib.loads(text))
+    file = _shipped().get(name)
+    if file is None:
+        point = plugins(_GROUP).get(name)
+        if point is None:
+            raise InputError(f"no target {name!r}{did_you_mean(name, names())}")
+        found = load_plugin(point)
+        if not isinstance(found, str | Path):
+            raise InputError(f"target {name!r}: {point.value} is no path of a TOML file: {found!r}")
+        file = Path(found)
+    try:
+        table = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"target {name!r}: {file} cannot be read as TOML: {error}") from error
+    return parse(name, table)
+
+
+def _shipped() -> dict[str, Traversable]:
+    files = resources.files("onnxcompress.targets").iterdir()
+    return {f.name.removesuffix(".toml"): f for f in files if f.name.endswith(".toml")}
 
 
 def parse(name: str, table: Mapping[str, Any]) -> Target:
