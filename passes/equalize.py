@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Array, CalibratedPass, Kind, Result, Want
 from onnxcompress.errors import InputError
+from onnxcompress.graph.names import FreshNames
 from onnxcompress.operators import DEFAULT_DOMAINS, constant, constant_tensor, int_attribute
 
 _HOMOGENEOUS: Final = frozenset(
@@ -45,7 +46,8 @@ class Equalize(CalibratedPass):
     so channel i may be divided by s_i = (r_i / r̄)^strength, r_i being its largest magnitude in
     calibration and r̄ their geometric mean. Weights keep a scale for each output channel, so what
     the activations gain costs only the spread within the second layer's rows, and half of the
-    way (strength 0.5) is the balance. Exact up to rounding in the last bit of float32.
+    way (strength 0.5) is the balance. Exact up to rounding in the last bit of float32. The values
+    in between are named anew, since they no longer are what they were in the original.
 
     Declines silently where two layers are not joined by such functions alone: a value that is
     read twice or exported, a bounded activation (ReLU6), weights that are computed, shared or not
@@ -72,11 +74,13 @@ class Equalize(CalibratedPass):
         pairs = _pairs(model.graph)
         if not pairs or not self.strength:
             return Result(model, modified=False, figures={"pairs of layers": 0})
-        statistics = self.observed(model)
+        statistics, fresh = self.observed(model), FreshNames(model.graph)
         for pair in pairs:
             low, high = statistics.channel_range(pair.value.name or "", 1)
             ranges = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
             _scale(pair, _factors(ranges, self.strength))
+            for value in _between(pair):
+                value.name = fresh(f"{value.name}_equalized")
         return Result(model, modified=True, figures={"pairs of layers": len(pairs)})
 
 
@@ -135,6 +139,14 @@ def _reader(node: ir.Node) -> ir.Node | None:
             return None
         value = reader.outputs[0]
     return None
+
+
+def _between(pair: _Pair) -> list[ir.Value]:
+    """The values that are scaled now: they are not what their names stood for."""
+    values = [pair.value]
+    while (reader := next(iter(values[-1].uses())).node) is not pair.second:
+        values.append(reader.outputs[0])
+    return values
 
 
 def _scale(pair: _Pair, factors: npt.NDArray[np.float64]) -> None:

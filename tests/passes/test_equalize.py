@@ -63,7 +63,7 @@ def test_ranges_come_together(between: str, group: int) -> None:
     net.output("y")
     before = ranges(ir.from_proto(net.model()), inner, feeds_of(net))
     model, result = equalized(net, strength=1.0)
-    after = ranges(model, inner, feeds_of(net))
+    after = ranges(model, f"{inner}_equalized", feeds_of(net))
     assert result.figures["pairs of layers"] == 1
     assert before.max() / before.min() > 100 and after.max() / after.min() < 1.01
 
