@@ -111,6 +111,25 @@ def test_json_is_the_same_twice_apart_from_what_was_measured():
     assert a == b and "seconds" not in json.dumps(a)
 
 
+def test_json_keeps_clocks_out_of_attempts_and_gates():
+    asked = [Gate.parse(text) for text in ("latency_ratio <= 1", "memory_ratio <= 1", "sqnr >= 9")]
+    first = report()
+    latency = Latency(original_ms=9, candidate_ms=8, ratio=0.9, low=0.8, high=1.0, pairs=20)
+    slower = replace(first.measured, latency=latency, result=measurement(39))
+    told = (replace(first.attempts[0], because="1.1x faster"),)
+    second = replace(first, measured=slower, attempts=told)
+    a, b = (json.loads(to_json(replace(r, gates=check(asked, r)))) for r in (first, second))
+    measured = a.pop("measured")
+    assert measured["because"] == ["2x faster"]
+    assert measured["gates"]["latency_ratio <= 1"] == {
+        "figure": 0.5,
+        "reason": "latency_ratio is 0.5, as asked: <= 1",
+    }
+    assert b.pop("measured") != measured and a == b
+    assert [gate["passed"] for gate in a["gates"]] == [True, True, True]
+    assert a["gates"][2]["figure"] == 25
+
+
 def test_json_spells_infinities_and_keeps_everything():
     found = json.loads(to_json(report()))
     assert found["schema"] == 1

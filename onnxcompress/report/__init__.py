@@ -1,7 +1,8 @@
 """What was done to a model and what it cost, as data: for JSON, a terminal, or one HTML file.
 
-Everything measured with a clock or a process stands under one key of the JSON (`measured`); the
-rest is the same for the same inputs, to the byte.
+Figures of a clock or a process, and the sentences that tell them, stand under one key of the JSON
+(`measured`). The rest is the same for the same inputs, to the byte, where the same was decided:
+`kept` and `passed` say what came of the figures and stand in their places.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from onnxcompress.measure import Measurement
 from onnxcompress.measure.latency import Latency
 from onnxcompress.model_io import size_on_disk
 from onnxcompress.pipeline import Record
-from onnxcompress.report.gating import GateResult, check
+from onnxcompress.report.gating import MEASURED, GateResult, check
 from onnxcompress.validation import Validation
 from onnxcompress.validation.audit import Audit
 
@@ -113,7 +114,14 @@ def to_json(report: Report, *, indent: int | None = 2) -> str:
     """The report as JSON, keys sorted, infinities as the strings "inf" and "-inf"."""
     content = cast("dict[str, Any]", to_plain(report))
     content["schema"] = SCHEMA
-    content["measured"]["pass_seconds"] = [p.pop("seconds") for p in content["passes"]]
+    measured = content["measured"]
+    measured["pass_seconds"] = [p.pop("seconds") for p in content["passes"]]
+    measured["because"] = [attempt.pop("because") for attempt in content["attempts"]]
+    measured["gates"] = {
+        str(result.gate): {key: plain.pop(key) for key in ("figure", "reason")}
+        for result, plain in zip(report.gates, content["gates"], strict=True)
+        if result.gate.metric in MEASURED
+    }
     return json.dumps(content, sort_keys=True, indent=indent, allow_nan=False)
 
 

@@ -114,7 +114,10 @@ READERS: Mapping[str, Reader] = {
 }
 """How to read each metric of `gates.METRICS` from a report; None where it was not measured."""
 
-_QUALITY = set(READERS) - {"integer_share", "size_ratio", "latency_ratio", "memory_ratio"}
+MEASURED = frozenset({"latency_ratio", "memory_ratio"})
+"""Metrics of a clock or a process: other figures are the same for the same inputs."""
+
+_QUALITY = set(READERS) - MEASURED - {"integer_share", "size_ratio"}
 _NO_DATA = "the model was not validated on data, or no output has this figure"
 _LACKING = {
     "top1_agreement": "no output looks like class scores, or there was no data",
