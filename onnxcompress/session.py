@@ -187,6 +187,8 @@ def _take_weights(graph: ir.Graph) -> dict[str, Any]:
         tensor = value.const_value
         if tensor is None or tensor.nbytes < _SHARED_BYTES or tensor.dtype in _INLINE:
             continue
+        if not value.uses() and not value.is_graph_output():
+            continue  # ONNX Runtime drops what nothing reads, and then misses it
         array = np.require(tensor.numpy(), requirements=["C", "ALIGNED"])
         weights[name] = _to_ort(array)
         value.const_value = ir.ExternalTensor(

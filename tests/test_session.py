@@ -78,6 +78,13 @@ def test_weights_outlive_the_model(model):
     assert len(junk) == 50
 
 
+@pytest.mark.parametrize("optimization", ["all", "none"])
+def test_a_weight_that_nothing_reads_does_no_harm(proto, optimization):
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(WEIGHT, "unused"))
+    found = Session(ir.from_proto(proto), optimization=optimization).run({"x": X})["y"]
+    np.testing.assert_allclose(found, expected(X), rtol=1e-5, atol=1e-5)
+
+
 def test_a_lazy_weight_is_computed_for_the_session(model):
     model.graph.initializers["w"].const_value = ir.LazyTensor(
         lambda: ir.tensor(-WEIGHT), dtype=ir.DataType.FLOAT, shape=ir.Shape([4, 512]), name="w"
