@@ -17,7 +17,8 @@ class InferShapes(Pass):
     """Fill in the types and shapes of inner values by ONNX's own shape inference.
 
     Exact: no node changes. What inputs and outputs say of themselves stays word for word. Where
-    inference fails, the model is left as it was, with a line in the report.
+    inference fails, the model is left as it was, with a line in the report. So are models that
+    compute with sequences, whose types onnx_ir's inference writes down as those of tensors.
 
     Source: `onnx.shape_inference`.
     """
@@ -26,6 +27,10 @@ class InferShapes(Pass):
     exact: ClassVar[bool] = True
 
     def call(self, model: ir.Model) -> Result:
+        nodes = ir.traversal.RecursiveGraphIterator(model.graph)
+        if any("Sequence" in node.op_type or "Optional" in node.op_type for node in nodes):
+            skip = Skip("", "", "values that are no tensors keep ONNX's inference from the model")
+            return Result(model, modified=False, skips=(skip,))
         outputs = [(v, v.type, v.shape) for v in model.graph.outputs]
         logger, complaints = logging.getLogger(shape_inference.__name__), _Complaints()
         logger.addFilter(complaints)

@@ -66,7 +66,7 @@ class InsertQdq(CalibratedPass):
             raise InputError(f"percentile {self.percentile} is not over 50 and at most 100")
 
     def wants(self, model: ir.Model) -> Sequence[Want]:
-        return [Want(root.name or "", Kind.HISTOGRAM) for root in self._place(model).roots]
+        return _wants(self._place(model))
 
     def call(self, model: ir.Model) -> Result:
         plan = self._place(model)
@@ -76,7 +76,7 @@ class InsertQdq(CalibratedPass):
             return Result(model, modified=False, skips=(Skip("", "", reason), *plan.skips))
         if not plan.kernels:
             return Result(model, modified=False, skips=tuple(plan.skips))
-        statistics = self.observed(model)
+        statistics = self.observed(_wants(plan))
         parameters = {
             root: self._parameters(root, statistics.histogram(root.name or ""))
             for root in plan.roots
@@ -110,8 +110,12 @@ class InsertQdq(CalibratedPass):
         producer = value.producer()
         bounds = None if producer is None else output_range(producer)
         if bounds is not None:
-            low, high = max(low, bounds[0]), min(high, bounds[1])
+            low, high = (float(np.clip(x, *bounds)) for x in (low, high))
         return affine(low, high, dtype, symmetric=scheme.symmetric)
+
+
+def _wants(plan: Placement) -> list[Want]:
+    return [Want(root.name or "", Kind.HISTOGRAM) for root in plan.roots]
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +259,7 @@ class _Rewrite:
             original.name = self.weights.fresh(f"{name}_{suffix}")
         floats.name = name if takes_name else self.weights.fresh(f"{name}_dequantized")
         floats.type, floats.shape = ir.TensorType(ir.DataType.FLOAT), original.shape
-        dequantizer.name = f"{name}_dequantize"
+        dequantizer.name = self.weights.fresh(f"{name}_dequantize")
         producer = integers.producer()
         assert producer is not None
         self.graph.insert_after(producer, dequantizer)

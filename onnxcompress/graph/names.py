@@ -12,11 +12,12 @@ from onnxcompress.graph.scopes import subgraphs
 
 
 class FreshNames:
-    """Names that no value has in any scope of the given graphs and functions."""
+    """Names that no value or node has in any scope of the given graphs and functions."""
 
     def __init__(self, *roots: ir.Graph | ir.Function) -> None:
-        scopes = chain.from_iterable((root, *root.subgraphs()) for root in roots)
+        scopes = [scope for root in roots for scope in (root, *root.subgraphs())]
         self._taken = {v.name for scope in scopes for v in _values(scope)}
+        self._taken |= {node.name for scope in scopes for node in scope}
         self._copies: Counter[str] = Counter()
 
     def __call__(self, base: str) -> str:

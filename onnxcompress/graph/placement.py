@@ -163,10 +163,17 @@ def _text(node: ir.Node, name: str) -> str:
 
 def _refusal(node: ir.Node) -> str | None:
     """Why a node of a type that has an integer kernel cannot use it; None where it can."""
+    if all(_is_dequantized(value) for value in node.inputs[:2]):
+        return "it reads integers already"
     reason = _REFUSALS.get(node.op_type, _refuse_constants)(node)
     if reason is None and any(v.dtype not in (None, ir.DataType.FLOAT) for v in data_inputs(node)):
         return "its data are not float32"
     return reason
+
+
+def _is_dequantized(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _refuse_conv(node: ir.Node) -> str | None:

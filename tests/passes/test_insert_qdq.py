@@ -443,6 +443,44 @@ def test_a_second_run_changes_nothing() -> None:
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
+def test_products_of_integers_are_not_quantized_again() -> None:
+    net = Net()
+    x = net.op("MatMul", net.input("x", 2, 6, 8), net.normal("w", 8, 8))
+    y = net.op("Transpose", x, perm=[0, 2, 1])
+    net.op("MatMul", x, y, out="y")
+    net.output("y")
+    model, _ = quantized(net.model(), feeds_of(net))
+    again = InsertQdq()(model)
+    assert not again.modified
+    assert isinstance(again, Result) and "already" in again.skips[0].reason
+
+
+def test_a_second_run_takes_no_name_of_the_first() -> None:
+    net = Net()
+    x = net.op("Relu", conv(net, net.input("x", *IMAGE)), out="h")
+    net.op("Relu", conv(net, x), out="z")
+    net.op("Relu", conv(net, "z"), out="y")
+    net.output("y")
+    model, _ = quantized(net.model(), feeds_of(net), exclude=("n_4", "n_5", net.nodes[2].name))
+    model, result = quantized(ir.to_proto(model), feeds_of(net))
+    assert result.modified
+    names = [node.name for node in model.graph]
+    assert len(set(names)) == len(names)
+    assert sqnr(ir.from_proto(net.model()), model, feeds_of(net), "none") > 25
+
+
+def test_a_range_that_the_clip_before_it_leaves_no_room_for() -> None:
+    net = Net()
+    low, high = net.weight("low", 0.2), net.weight("high", 1.0)
+    x = net.op("Clip", net.input("x", *IMAGE), low, high)
+    net.op("Relu", conv(net, x), out="y")
+    net.output("y")
+    feeds = [{"x": -np.ones(IMAGE, np.float32)}] * FEEDS
+    model, result = quantized(net.model(), feeds)
+    assert result.modified
+    assert sqnr(ir.from_proto(net.model()), model, feeds, "none") > 25
+
+
 def test_without_statistics_it_names_what_is_missing() -> None:
     net = Net()
     net.op("Relu", conv(net, net.input("x", *IMAGE)), out="y")

@@ -116,6 +116,16 @@ def test_a_model_that_cannot_be_inferred_stays() -> None:
     assert "shape inference failed" in result.skips[0].reason
 
 
+def test_sequences_keep_their_types() -> None:
+    net = Net()
+    net.infer = False
+    s = net.op("SequenceConstruct", net.input("x", 2, 5), "x")
+    net.op("ConcatFromSequence", s, out="y", axis=0)
+    net.output("y")
+    after, result = check_exact(InferShapes(), net.model(), rtol=0)
+    assert not result.modified and result.skips and not after.graph.value_info
+
+
 def test_subtracting_a_constant_is_adding_its_opposite() -> None:
     net = Net()
     x = net.op("Sub", net.input("x", 2, 3), net.normal("c", 3))
