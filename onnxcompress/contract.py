@@ -109,13 +109,12 @@ class CalibratedPass(Pass):
         """What must be observed on `model` as it stands at this step."""
         raise NotImplementedError
 
-    def observed(self, model: ir.Model) -> Statistics:
-        """The bound statistics.
+    def observed(self, wants: Sequence[Want]) -> Statistics:
+        """The bound statistics, which hold all of `wants`.
 
         Raises:
             InputError: if nothing was bound or a wanted value is missing from it.
         """
-        wants = self.wants(model)
         missing = wants if self.statistics is None else self.statistics.missing(wants)
         if self.statistics is None or missing:
             names = ", ".join(repr(w.value) for w in missing[:5])

@@ -77,9 +77,10 @@ def _run(
             started(pass_.name)
         begin = time.perf_counter()
         if isinstance(pass_, CalibratedPass):
-            wants = pass_.wants(model)
-            if observer is not None and (statistics is None or statistics.missing(wants)):
-                statistics = observer(model, wants)
+            if observer is not None:
+                wants = pass_.wants(model)
+                if statistics is None or statistics.missing(wants):
+                    statistics = observer(model, wants)
             pass_ = dataclasses.replace(pass_, statistics=statistics)
         result = pass_(model)
         assert isinstance(result, Result)

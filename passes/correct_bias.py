@@ -72,7 +72,7 @@ class CorrectBias(CalibratedPass):
         kernels, skips = _with_bias(model.graph)
         if not kernels:
             return Result(model, modified=False, skips=tuple(skips))
-        statistics = self.observed(model)
+        statistics = self.observed(self.wants(model))
         fresh = FreshNames(model.graph)
         modified, before, after = False, 0.0, 0.0
         for kernel in kernels:

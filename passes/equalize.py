@@ -34,6 +34,10 @@ class _Pair:
     def value(self) -> ir.Value:
         return self.first.outputs[0]
 
+    @property
+    def want(self) -> Want:
+        return Want(self.value.name or "", Kind.CHANNEL_RANGE, axis=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Equalize(CalibratedPass):
@@ -68,13 +72,14 @@ class Equalize(CalibratedPass):
             raise InputError(f"equalize: strength {self.strength} is not from 0 to 1")
 
     def wants(self, model: ir.Model) -> Sequence[Want]:
-        return [Want(p.value.name or "", Kind.CHANNEL_RANGE, axis=1) for p in _pairs(model.graph)]
+        return [pair.want for pair in _pairs(model.graph)]
 
     def call(self, model: ir.Model) -> Result:
         pairs = _pairs(model.graph)
         if not pairs or not self.strength:
             return Result(model, modified=False, figures={"pairs of layers": 0})
-        statistics, fresh = self.observed(model), FreshNames(model.graph)
+        statistics = self.observed([pair.want for pair in pairs])
+        fresh = FreshNames(model.graph)
         for pair in pairs:
             low, high = statistics.channel_range(pair.value.name or "", 1)
             ranges = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)

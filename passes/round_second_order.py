@@ -71,7 +71,7 @@ class RoundSecondOrder(CalibratedPass):
         kernels, skips = self._kernels(model.graph)
         if not kernels:
             return Result(model, modified=False, skips=tuple(skips))
-        statistics = self.observed(model)
+        statistics = self.observed(self.wants(model))
         errors: list[tuple[float, float]] = []
         modified = False
         for kernel in kernels:

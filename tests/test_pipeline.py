@@ -37,7 +37,7 @@ class Look(CalibratedPass):
         return [Want("h")]
 
     def call(self, model: ir.Model) -> Result:
-        self.seen.append(self.observed(model).histogram("h").maximum)
+        self.seen.append(self.observed(self.wants(model)).histogram("h").maximum)
         return Result(model, modified=self.changes)
 
 

@@ -60,14 +60,16 @@ class WeightStore:
         return value
 
     def parameters(self, name: str, parameters: Affine) -> tuple[ir.Value, ir.Value]:
-        """Scale and zero_point as initializers named after `name`; equal ones are made once."""
-        key = (name, parameters.scale.tobytes(), parameters.zero_point.tobytes(), parameters.dtype)
-        pair: list[ir.Value] = []
-        for part, array in (("scale", parameters.scale), ("zero_point", parameters.zero_point)):
-            if (value := self._shared.get((*key, part))) is None:
-                value = self._shared[(*key, part)] = self.initializer(f"{name}_{part}", array)
-            pair.append(value)
-        return pair[0], pair[1]
+        """Scale, named after `name`, and zero_point as initializers; equal ones are made once."""
+        zero_point = f"{parameters.dtype}_zero_point"
+        scale = self._once((name, "scale"), f"{name}_scale", parameters.scale)
+        return scale, self._once((zero_point,), zero_point, parameters.zero_point)
+
+    def _once(self, key: tuple[str, ...], name: str, array: Array) -> ir.Value:
+        content = (*key, array.shape, array.tobytes())
+        if content not in self._shared:
+            self._shared[content] = self.initializer(name, array)
+        return self._shared[content]
 
     def quantize_operands(self, node: ir.Node, data: Affine | None) -> None:
         """Replace the node's constant operands by integers behind a DequantizeLinear.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Range = tuple[float, float]
 
-_GRID = 40
+_GRID = 24
 _ROUNDS = 3
 _BINS = 1024
 _CANDIDATES = 64
@@ -123,14 +123,13 @@ def _least_error(x: Array, counts: Array, full: Range, steps: int, symmetric: bo
     """A grid over both bounds (one where symmetric or one-sided), refined around its best."""
     span: Array = np.linspace(1 / _GRID, 1, _GRID)
     best = full
-    lows, highs = full[0] * span, full[1] * span
+    lows, highs = (bound * span if bound else np.zeros(1) for bound in full)
     for _ in range(_ROUNDS):
         if symmetric:
             errors = expected_error(x, counts, -highs, highs, steps)
             i = j = int(np.argmin(errors))
             best = (-float(highs[i]), float(highs[i]))
         else:
-            lows, highs = np.unique(lows), np.unique(highs)
             errors = expected_error(x, counts, lows[:, None], highs[None, :], steps)
             i, j = (int(k) for k in np.unravel_index(int(np.argmin(errors)), errors.shape))
             best = (float(lows[i]), float(highs[j]))
@@ -142,7 +141,7 @@ def _around(grid: Array, best: int) -> Array:
     """A finer grid between the neighbours of the best, which stays in it."""
     first, last = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
     finer: Array = np.linspace(float(first), float(last), _GRID // 2)
-    return np.union1d(finer, grid[best : best + 1])
+    return np.sort(np.append(finer, grid[best])) if len(grid) > 1 else grid
 
 
 def _percentile(x: Array, counts: Array, percentile: float, symmetric: bool) -> Range:
