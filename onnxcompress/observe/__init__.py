@@ -43,6 +43,8 @@ Progress = Callable[[int, int | None], None]
 _T = TypeVar("_T")
 _NO_DATA = "there is no data to calibrate with: give at least one feed"
 _WORKERS = 8
+_LARGE = 1 << 26
+"""Bytes of weights from which a copy of them in a blocked layout costs more than it saves."""
 _SHARD = 8
 _SHARDS_IN_FLIGHT = 32
 
@@ -272,7 +274,15 @@ def _session(model: ir.Model, outputs: tuple[str, ...], threads: int) -> Session
     """None where only inputs are wanted, so that nothing has to run."""
     if not outputs:
         return None
-    return Session(model, outputs=outputs, threads=threads, spinning=False, frugal=True)
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    return Session(
+        model,
+        outputs=outputs,
+        optimization="basic" if weights > _LARGE else "all",
+        threads=threads,
+        spinning=False,
+        frugal=True,
+    )
 
 
 def _run(session: Session | None, number: int, feed: Feed, shard: _Shard) -> None:
