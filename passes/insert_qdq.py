@@ -14,9 +14,9 @@ from onnxcompress.contract import Array, CalibratedPass, Histogram, Kind, Result
 from onnxcompress.errors import InputError
 from onnxcompress.graph.placement import Placement, absorbed_output, matches, place
 from onnxcompress.graph.quantized_weights import WeightStore
-from onnxcompress.numerics.affine import RANGES, Affine, affine, quantize
+from onnxcompress.numerics.affine import RANGES, Affine, affine
 from onnxcompress.numerics.thresholds import clip_range
-from onnxcompress.operators import constant, data_inputs, output_range, slope
+from onnxcompress.operators import data_inputs, output_range, slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,19 +224,12 @@ class _Rewrite:
         source = node.inputs[0]
         assert source is not None
         if node.op_type == "Pad":
-            self._quantize_padding(node, parameters)
+            node.resize_inputs(max(3, len(node.inputs)))
+            node.replace_input_with(2, constants[1])  # it pads with zero, as placement sees to
         for value in node.outputs:
             readers = [(u, i) for u, i in value.uses() if u not in self.plan.moves or i != 0]
             value.type = source.type
             self._dequantize(value, value, constants, readers, takes_name=True)
-
-    def _quantize_padding(self, node: ir.Node, parameters: Affine) -> None:
-        value = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        filler = np.zeros((), np.float32) if value is None else value.reshape(())
-        name = f"{node.outputs[0].name}_padding"
-        if len(node.inputs) < 3:
-            node.resize_inputs(3)
-        node.replace_input_with(2, self.weights.initializer(name, quantize(filler, parameters)))
 
     def _dequantize(
         self,

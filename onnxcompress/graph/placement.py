@@ -82,12 +82,17 @@ def _spread(
     """Mark kernels and moves from inputs to outputs; returns the values that exist as integers."""
     opset = graph.opset_imports.get("", 0)
     carried: set[ir.Value] = set()
+    misfused: set[ir.Value] = set()
     for node in graph:
+        if _is_misfused(node) or (_hands_on(node, target) and node.inputs[0] in misfused):
+            misfused.update(node.outputs)
         kernel = target.kernels.get(node.op_type) if node.domain in DEFAULT_DOMAINS else None
         if kernel is not None:
             if not kernel.anchor and not _follows(node, carried):
                 continue
             reason = _refusal(node) if wanted(node) else "excluded by name or type"
+            if not misfused.isdisjoint(data_inputs(node)):
+                reason = "a pair before it would fuse an average pool that counts differently then"
             if reason is not None:
                 plan.skips.append(Skip(node.name or "", node.op_type, reason))
                 continue
@@ -98,6 +103,20 @@ def _spread(
             plan.moves[node] = None
             carried.update(node.outputs)
     return carried
+
+
+def _is_misfused(node: ir.Node) -> bool:
+    """Whether ONNX Runtime's integer kernel, which it takes between any pairs, is another function.
+
+    Its QLinearAveragePool divides windows that reach beyond the padding by their whole size.
+    """
+    flags = ("ceil_mode", "count_include_pad")
+    return node.op_type == "AveragePool" and all(int_attribute(node, f, 0) for f in flags)
+
+
+def _hands_on(node: ir.Node, target: Target) -> bool:
+    """Whether a QuantizeLinear behind the node may be moved before it."""
+    return bool(node.inputs) and (node.op_type in target.moves or node.op_type in target.absorbs)
 
 
 def _follows(node: ir.Node, carried: set[ir.Value]) -> bool:
@@ -150,10 +169,15 @@ def _moves(node: ir.Node, target: Target, opset: int) -> bool:
             node, "coordinate_transformation_mode"
         ) != "tf_crop_and_resize"
     if node.op_type == "Pad":
-        return (
-            len(node.inputs) < 3 or node.inputs[2] is None or constant(node.inputs[2]) is not None
-        )
+        return _pads_with_zero(node)  # no other value is sure to lie in the range of what it pads
     return True
+
+
+def _pads_with_zero(node: ir.Node) -> bool:
+    if _text(node, "mode") not in ("", "constant") or _optional(node, 2) is None:
+        return True
+    filler = constant(node.inputs[2])
+    return filler is not None and not filler.any()
 
 
 def _text(node: ir.Node, name: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxcompress.contract import Result
 from onnxcompress.errors import InputError
@@ -133,9 +133,6 @@ MOVES: dict[str, Callable[[Net, str], str]] = {
     "reshape": lambda n, x: n.op("Reshape", x, ints(n, 2, 8, 5, 20)),
     "max pool": lambda n, x: n.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2]),
     "pad": lambda n, x: n.op("Pad", x, ints(n, 0, 0, 1, 1, 0, 0, 1, 1)),
-    "pad with a value": lambda n, x: n.op(
-        "Pad", x, ints(n, 0, 0, 1, 1, 0, 0, 1, 1), n.weight("fill", 1.5)
-    ),
     "slice": lambda n, x: n.op("Slice", x, ints(n, 1), ints(n, 9), ints(n, 2)),
     "nearest resize": lambda n, x: n.op("Resize", x, "", n.weight("scales", [1, 1, 2, 2])),
     "gather": lambda n, x: n.op("Gather", x, ints(n, 7, 6, 5, 4, 3, 2, 1, 0), axis=1),
@@ -453,6 +450,30 @@ def test_products_of_integers_are_not_quantized_again() -> None:
     again = InsertQdq()(model)
     assert not again.modified
     assert isinstance(again, Result) and "already" in again.skips[0].reason
+
+
+def test_padding_may_lie_outside_of_what_it_pads() -> None:
+    net = Net()
+    pads = numpy_helper.from_array(np.array([0, 0, 1, 1, 0, 0, 1, 1]), "pads")
+    net.weights.append(pads)
+    x = net.op("Relu", conv(net, net.input("x", *IMAGE)))
+    x = net.op("Pad", x, "pads", net.weight("filler", 400.0))
+    net.op("Relu", conv(net, x, k=1), out="y")
+    net.output("y")
+    check(net, {"QLinearConv": 2}, least=20)
+
+
+@pytest.mark.parametrize("between", ["Relu", "Identity", ""])
+def test_no_pairs_stand_around_a_pool_that_counts_otherwise_on_integers(between: str) -> None:
+    net = Net()
+    x = net.op("Relu", conv(net, net.input("x", *IMAGE)))
+    attrs: dict[str, Any] = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [0] * 4}
+    x = net.op("AveragePool", conv(net, x), ceil_mode=1, count_include_pad=1, **attrs)
+    if between:
+        x = net.op(between, x)
+    net.op("Relu", conv(net, x), out="y")
+    net.output("y")
+    check(net, {"QLinearAveragePool": 0, "QLinearConv": 2})
 
 
 def test_a_second_run_takes_no_name_of_the_first() -> None:
