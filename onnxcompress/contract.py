@@ -73,6 +73,10 @@ class Statistics(Protocol):
     def mean(self, value: str, axis: int) -> Array: ...
     def rows(self, value: str, patches: Patches) -> Array: ...
     def missing(self, wants: Iterable[Want]) -> list[Want]: ...
+    @property
+    def reasons(self) -> Mapping[Want, str]:
+        """Why what was wanted could not be observed, where it was tried."""
+        ...
 
 
 @dataclass
@@ -117,6 +121,10 @@ class CalibratedPass(Pass):
         """
         missing = wants if self.statistics is None else self.statistics.missing(wants)
         if self.statistics is None or missing:
+            known: Mapping[Want, str] = self.statistics.reasons if self.statistics else {}
+            for want in missing:
+                if want in known:
+                    raise InputError(f"{self.name} cannot use {want.value!r}: {known[want]}")
             names = ", ".join(repr(w.value) for w in missing[:5])
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise InputError(

@@ -55,7 +55,8 @@ class WeightStore:
         # ir.tensor would ask a Protocol what it is, which costs more than all else here.
         tensor = ir.Tensor(content, name=name) if isinstance(content, np.ndarray) else content
         tensor.name = name
-        value = ir.val(name, tensor.dtype, tensor.shape.numpy(), const_value=tensor)
+        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
         self.graph.register_initializer(value)
         return value
 

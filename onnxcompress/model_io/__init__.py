@@ -137,7 +137,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> SavedFiles:
     """
     path = Path(path)
     target = _target(path)
-    with _writing(path), ExitStack() as stack:
+    with _writing(path), rarely_collected(), ExitStack() as stack:
         draft = _Draft(stack.enter_context(Draft(target.parent)))
         data = None
         if sum(tensor.nbytes for tensor, _ in tensors.slots(model)) < INLINE_LIMIT:

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 Range = tuple[float, float]
 
 _GRID = 24
-_ROUNDS = 3
+_ROUNDS = 2
 _BINS = 1024
 _CANDIDATES = 64
 
