@@ -23,7 +23,7 @@ from onnxcompress.operators import (
     constant_tensor,
     data_inputs,
     int_attribute,
-    operator,
+    out_axis,
     output_range,
 )
 from onnxcompress.targets import Target
@@ -219,14 +219,11 @@ def _refuse_gemm(node: ir.Node) -> str | None:
     weight, bias = constant_tensor(node.inputs[1]), constant_tensor(_optional(node, 2))
     if weight is not None and bias is not None and bias.shape.rank() != 1:
         return "its bias is not a vector"
-    if weight is not None and bias is not None and bias.size != _gemm_width(node, weight):
-        return "its bias does not have one value an output"
+    if weight is not None and bias is not None:
+        axis = out_axis(node, weight.shape.rank())
+        if axis is None or bias.size != weight.shape.numpy()[axis]:
+            return "its bias does not have one value an output"
     return _refuse_conv(node)
-
-
-def _gemm_width(node: ir.Node, weight: ir.TensorProtocol) -> int:
-    shape = weight.shape.numpy()
-    return shape[0] if int_attribute(node, "transB", 0) else shape[1]
 
 
 def _refuse_matmul(node: ir.Node) -> str | None:
@@ -280,10 +277,3 @@ _REFUSALS: dict[str, Callable[[ir.Node], str | None]] = {
 
 def _optional(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
-
-
-def weight_of(node: ir.Node) -> ir.Value | None:
-    """The node's weight where it is constant."""
-    index = operator(node).weight
-    value = None if index is None else _optional(node, index)
-    return value if constant_tensor(value) is not None else None

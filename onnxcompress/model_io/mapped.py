@@ -42,7 +42,6 @@ class MappedFile:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("not a regular file")
-            self.identity = (status.st_dev, status.st_ino)
             self.size = status.st_size
             self.buffer: bytes | mmap.mmap = (
                 file.read() if self.size < _MAP_FROM else mmap.mmap(fd, 0, access=mmap.ACCESS_READ)

@@ -29,7 +29,6 @@ class Fidelity:
 
     count: int = 0
     broken: int = 0
-    undefined: int = 0
     peak: float = 0.0
     max_error: float = 0.0
     signal: float = 0.0
@@ -42,7 +41,6 @@ class Fidelity:
         for a, b in _pieces(original, candidate):
             finite_a, finite_b = np.isfinite(a), np.isfinite(b)
             if not (finite_a.all() and finite_b.all()):
-                self.undefined += int(np.count_nonzero(~finite_a))
                 self.broken += int(np.count_nonzero(finite_a & ~finite_b))
                 both = finite_a & finite_b
                 a, b = a[both], b[both]
