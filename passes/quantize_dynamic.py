@@ -14,6 +14,7 @@ from onnxcompress import targets
 from onnxcompress.contract import Pass, Result, Skip
 from onnxcompress.graph.placement import matches
 from onnxcompress.graph.quantized_weights import WeightStore
+from onnxcompress.graph.rewriting import become, insert
 from onnxcompress.numerics.rows import row_bounds, row_sqnr
 from onnxcompress.operators import (
     DEFAULT_DOMAINS,
@@ -147,7 +148,7 @@ class _Rewrite:
         data, weight = _operands(node)
         stack = len(_shape(weight)) > 2
         codes, scales = self.store.matrices(weight, by_row=False, keepdims=stack)
-        _become(node, "Mul", self._product(node, data, codes, scales))
+        become(node, "Mul", self._product(node, data, codes, scales))
 
     def _gemm(self, node: ir.Node) -> None:
         data, weight = _operands(node)
@@ -156,7 +157,7 @@ class _Rewrite:
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         operands = self._product(node, data, codes, scales)
         if bias is None:
-            _become(node, "Mul", operands)
+            become(node, "Mul", operands)
             return
         if (beta := _factor(node, "beta")) != 1:
             name = f"{node.outputs[0].name}_beta"
@@ -164,7 +165,7 @@ class _Rewrite:
             bias = self._insert(node, "Mul", [bias, factor])
         product = self._insert(node, "Mul", operands)
         product.shape = node.outputs[0].shape
-        _become(node, "Add", [product, bias])
+        become(node, "Add", [product, bias])
 
     def _product(
         self, node: ir.Node, data: ir.Value, weight: ir.Value, scales: ir.Value
@@ -207,8 +208,8 @@ class _Rewrite:
             inputs += [scales, self.store.initializer(f"{weight.name}_zero_point", zeros)]
         attributes = {k: v for k, v in node.attributes.items() if k != "layout"}
         hidden = ir.AttrInt64("hidden_size", _shape(inputs[2])[1])
-        _become(node, "DynamicQuantizeLSTM", inputs, {"hidden_size": hidden} | attributes)
-        node.domain = _CONTRIB
+        attributes = {"hidden_size": hidden} | attributes
+        become(node, "DynamicQuantizeLSTM", inputs, attributes, domain=_CONTRIB)
 
     def _gather(self, node: ir.Node) -> None:
         self.tables += 1
@@ -217,7 +218,7 @@ class _Rewrite:
         rows = self._insert(node, "Gather", [codes, indices], dtype=ir.DataType.INT8)
         scale = self._insert(node, "Gather", [scales, indices])
         floats = self._insert(node, "Cast", [rows], {"to": ir.DataType.FLOAT.value})
-        _become(node, "Mul", [floats, scale])
+        become(node, "Mul", [floats, scale])
 
     def _insert(
         self,
@@ -228,28 +229,8 @@ class _Rewrite:
         dtype: ir.DataType = ir.DataType.FLOAT,
     ) -> ir.Value:
         """The output of a new node before `node`."""
-        new = ir.node(op_type, inputs, attributes)
-        output = new.outputs[0]
-        output.name = new.name = self.store.fresh(f"{node.outputs[0].name}_{op_type}")
-        output.type = ir.TensorType(dtype)
-        assert node.graph is not None
-        node.graph.insert_before(node, new)
-        return output
-
-
-def _become(
-    node: ir.Node,
-    op_type: str,
-    inputs: Sequence[ir.Value | None],
-    attributes: Mapping[str, ir.Attr] | None = None,
-) -> None:
-    """Make `node` another operator, so that its outputs keep their names and their readers."""
-    node.op_type, node.version = op_type, None
-    node.resize_inputs(len(inputs))
-    for index, value in enumerate(inputs):
-        node.replace_input_with(index, value)
-    node.attributes.clear()
-    node.attributes.update(attributes or {})
+        name = self.store.fresh(f"{node.outputs[0].name}_{op_type}")
+        return insert(node, op_type, inputs, name, attributes, dtype)
 
 
 def _skip(node: ir.Node, reason: str) -> Skip:
