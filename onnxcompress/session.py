@@ -90,6 +90,8 @@ class Session:
         self._run_options.log_severity_level = options.log_severity_level
         ports = (*self._session.get_inputs(), *self._session.get_outputs())
         self._foreign = any(port.type in _FOREIGN for port in ports)
+        found = self._session.get_outputs()
+        self._lists = [port.name for port in found if port.type.startswith("seq")]
         self.inputs: tuple[str, ...] = tuple(v.name for v in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(v.name for v in self._session.get_outputs())
 
@@ -101,12 +103,22 @@ class Session:
         """
         with _one_sentence(f"cannot run {self._title}", "give data that suits the model"):
             if self._foreign:
-                values = {name: _to_ort(array) for name, array in feed.items()}
-                found = self._session.run_with_ort_values(self.outputs, values, self._run_options)
-                arrays = [_from_ort(value) for value in found]
-            else:
-                arrays = self._session.run(self.outputs, dict(feed), self._run_options)
+                found = self._run_foreign(feed)
+                return {name: found[name] for name in self.outputs}
+            arrays = self._session.run(self.outputs, dict(feed), self._run_options)
         return dict(zip(self.outputs, arrays, strict=True))
+
+    def _run_foreign(self, feed: Feed) -> dict[str, Array]:
+        """Lists need a run of their own: they come as arrays only, foreign tensors never do."""
+        values = {name: _to_ort(array) for name, array in feed.items()}
+        found: dict[str, Array] = {}
+        if tensors := [name for name in self.outputs if name not in self._lists]:
+            outputs = self._session.run_with_ort_values(tensors, values, self._run_options)
+            found |= zip(tensors, map(_from_ort, outputs), strict=True)
+        if self._lists:
+            outputs = self._session.run(self._lists, values, self._run_options)
+            found |= zip(self._lists, outputs, strict=True)
+        return found
 
 
 def optimized_model(model: ir.Model | Path, *, optimization: Optimization = "all") -> ir.Model:

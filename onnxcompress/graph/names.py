@@ -16,7 +16,7 @@ class FreshNames:
 
     def __init__(self, *roots: ir.Graph | ir.Function) -> None:
         scopes = [scope for root in roots for scope in (root, *root.subgraphs())]
-        self._taken = {v.name for scope in scopes for v in _values(scope)}
+        self._taken = {v.name for scope in scopes for v in values_of(scope)}
         self._taken |= {node.name for scope in scopes for node in scope}
         self._copies: Counter[str] = Counter()
 
@@ -38,15 +38,15 @@ def make_unique(model: ir.Model) -> None:
     values have a scope of their own. Linear in the number of values.
     """
     fresh = FreshNames(model.graph)
-    seen = {v.name for v in _values(model.graph)}
+    seen = {v.name for v in values_of(model.graph)}
     for graph in _standard_subgraphs(model.graph):
-        for value in _values(graph):
+        for value in values_of(graph):
             if value.name and value.name in seen:
                 value.name = fresh(value.name)
             seen.add(value.name)
 
 
-def _values(scope: ir.Graph | ir.Function) -> list[ir.Value]:
+def values_of(scope: ir.Graph | ir.Function) -> list[ir.Value]:
     outputs = chain.from_iterable(node.outputs for node in scope)
     initializers = scope.initializers.values() if isinstance(scope, ir.Graph) else ()
     return list(dict.fromkeys(chain(scope.inputs, initializers, outputs)))

@@ -1,6 +1,6 @@
 """Taps: runs a model over data and keeps, of the values wanted, small statistics that merge.
 
-Values of the main graph become outputs of the session. Feeds run side by side, one core each,
+Values become outputs of the session, those inside bodies by way of `graph.bodies`. Feeds run side by side, one core each,
 and each is observed by the thread that ran it, while its values are still in the cache.
 """
 
@@ -29,6 +29,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Array, Kind, Want
 from onnxcompress.errors import InputError
+from onnxcompress.graph.bodies import Exposed, expose, visits
 from onnxcompress.numerics.exact_sum import ExactSum
 from onnxcompress.numerics.histogram import HistogramBuilder, Unobservable
 from onnxcompress.numerics.row_sample import RowSampleBuilder
@@ -60,9 +61,11 @@ def observe(
 ) -> Observations:
     """Run `model` on every feed and keep what is wanted.
 
-    What cannot be observed (a value inside the body of an If, Loop or Scan or that is no tensor
-    of numbers, an infinite element) is left out, and `Observations.reasons` says why. The result
-    does not depend on the executor, nor on the order of the feeds.
+    A value inside the body of an If, Loop or Scan is observed at each visit, as if each were a
+    feed; all visits of one feed are in memory at once. What no feed came to is left out. So is
+    what cannot be observed (no tensor of numbers, an infinite element), and
+    `Observations.reasons` says why. The result does not depend on the executor, nor on the order
+    of the feeds.
 
     Args:
         model: not altered. Initializers are observed once, whatever the number of feeds.
@@ -74,7 +77,8 @@ def observe(
     Raises:
         InputError: if there are no feeds, a value is NaN, or the model does not run.
     """
-    plan = _plan(model, wants)
+    exposed = expose(model, [want.value for want in wants])
+    model, plan = exposed.model, _plan(exposed, wants)
     progress = progress or _silent
     if executor is None:
         found = _observe_here(model, feeds, plan, total, progress)
@@ -91,17 +95,20 @@ class _Plan:
     taps: tuple[Want, ...]
     known: Observations
     """Initializers, and the reasons of what cannot be observed."""
+    depths: Mapping[str, int]
+    """For `visits`, of the values inside bodies."""
 
     @property
     def outputs(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(want.value for want in self.taps))
 
 
-def _plan(model: ir.Model, wants: Sequence[Want]) -> _Plan:
-    initializers = model.graph.initializers
-    inputs = {v.name for v in model.graph.inputs} - set(initializers)
-    produced = {v.name for node in model.graph for v in node.outputs}
-    constants = _Shard([])
+def _plan(exposed: Exposed, wants: Sequence[Want]) -> _Plan:
+    graph = exposed.model.graph
+    initializers = graph.initializers
+    inputs = {v.name for v in graph.inputs} - set(initializers)
+    produced = {v.name for node in graph for v in node.outputs}
+    constants = _Shard([], {})
     fed: list[Want] = []
     taps: list[Want] = []
     for want in dict.fromkeys(wants):
@@ -118,14 +125,16 @@ def _plan(model: ir.Model, wants: Sequence[Want]) -> _Plan:
             assert tensor is not None
             constants.observe(want, tensor.numpy(), "the model")
         else:
-            constants.reasons[want] = "it is not a value of the main graph"
-    return _Plan(tuple(fed), tuple(taps), constants.build())
+            absent = "it is not a value of the model"
+            constants.reasons[want] = exposed.reasons.get(want.value, absent)
+    return _Plan(tuple(fed), tuple(taps), constants.build(), exposed.depths)
 
 
 class _Shard:
     """Observers that one thread at a time feeds."""
 
-    def __init__(self, wants: Iterable[Want]) -> None:
+    def __init__(self, wants: Iterable[Want], depths: Mapping[str, int]) -> None:
+        self._depths = depths
         self._by_value: defaultdict[str, list[Want]] = defaultdict(list)
         for want in wants:
             self._by_value[want.value].append(want)
@@ -136,8 +145,11 @@ class _Shard:
         """Observe the wanted ones of `values`."""
         for value, wants in self._by_value.items():
             for want in wants:
-                if value in values and want not in self.reasons:
-                    self.observe(want, values[value], where)
+                if value not in values:
+                    continue
+                for array in visits(values[value], self._depths.get(value)):
+                    if want not in self.reasons:
+                        self.observe(want, array, where)
 
     def observe(self, want: Want, array: Any, where: str) -> None:
         try:
@@ -195,7 +207,7 @@ def _observe_here(
     cores = _cores()
     workers = max(1, min(cores, _WORKERS, cores if total is None else total))
     session = _session(model, plan.outputs, cores // workers)
-    shards = [_Shard(plan.inputs + plan.taps) for _ in range(workers)]
+    shards = [_Shard(plan.inputs + plan.taps, plan.depths) for _ in range(workers)]
     idle: queue.SimpleQueue[_Shard] = queue.SimpleQueue()
     for shard in shards:
         idle.put(shard)
@@ -259,7 +271,7 @@ def _observe_shard(
     content: bytes, plan: _Plan, first: int, feeds: Sequence[Feed]
 ) -> tuple[int, Observations]:
     session = _cached_session(content, plan.outputs)
-    shard = _Shard(plan.inputs + plan.taps)
+    shard = _Shard(plan.inputs + plan.taps, plan.depths)
     for number, feed in enumerate(feeds, first):
         _run(session, number, feed, shard)
     return len(feeds), shard.build()
