@@ -8,7 +8,7 @@ import types
 from collections.abc import Mapping
 from enum import Enum
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from onnxcompress.errors import InputError, did_you_mean
 
@@ -29,13 +29,16 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     """An instance of the dataclass `cls` with the options of `table`.
 
     Raises:
-        InputError: for an unknown option, a value of the wrong type, or one that `cls` refuses;
-            `where` (file and place) opens the sentence.
+        InputError: for an unknown option, one that lacks, a value of the wrong type, or one that
+            `cls` refuses; `where` (file and place) opens the sentence.
     """
     known = fields(cls)
     for name in table:
         if name not in known:
             raise InputError(f"{where}: no option {name!r}{did_you_mean(name, known)}")
+    for name in _required(cls):
+        if name not in table:
+            raise InputError(f"{where}: {name!r} must be given")
     values = {n: _coerce(v, known[n], f"{where}: option {n!r}") for n, v in table.items()}
     try:
         return cls(**values)
@@ -52,6 +55,11 @@ def changed(instance: object) -> dict[str, Any]:
     defaults = {f.name: _default(f) for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     values = {n: getattr(instance, n) for n in fields(kind)}
     return {n: _plain(v) for n, v in values.items() if v != defaults[n]}
+
+
+def _required(cls: type[Any]) -> list[str]:
+    options = (f for f in dataclasses.fields(cls) if f.init)
+    return [f.name for f in options if _default(f) is dataclasses.MISSING]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -71,7 +79,8 @@ def _plain(value: Any) -> Any:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` as `hint`: bool, int, float, str, Literal, Enum, tuple, or a union of these."""
+    """`value` as `hint`: bool, int, float, str, Literal, Enum, tuple, a union of these, or a table
+    that is a dataclass or maps names to any of them."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _union(value, args, where)
@@ -79,6 +88,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return _choice(value, {a: a for a in args}, where)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return _choice(value, {e.value: e for e in hint}, where)
+    if origin is Mapping or _is_table(hint):
+        return _table(value, hint, where)
     if origin is tuple and isinstance(value, list):
         return _items(value, args, where)  # pyright: ignore[reportUnknownArgumentType]
     if hint is float and type(value) is int:
@@ -113,6 +124,20 @@ def _choice(value: Any, choices: Mapping[Any, Any], where: str) -> Any:
     raise InputError(
         f"{where} must be one of {shown}, not {value!r}{hint if 'did' in hint else ''}"
     )
+
+
+def _is_table(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(cast("type[Any]", hint))
+
+
+def _table(value: Any, hint: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise InputError(f"{where} must be a table, not {value!r}")
+    table = cast("dict[str, Any]", value)
+    if _is_table(hint):
+        return build(hint, table, where)
+    kind = get_args(hint)[1]
+    return {name: _coerce(item, kind, f"{where}: {name!r}") for name, item in table.items()}
 
 
 def _items(value: list[Any], args: tuple[Any, ...], where: str) -> tuple[Any, ...]:

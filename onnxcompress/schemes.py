@@ -28,9 +28,11 @@ def exact() -> tuple[Pass, ...]:
     return tuple(kind() for kind in EXACT)
 
 
-def before_static(target: str = "cpu") -> tuple[Pass, ...]:
+def before_static(
+    target: str = "cpu", activations: targets.Activations | None = None
+) -> tuple[Pass, ...]:
     """What comes before pairs are placed; calibration observes the model as it is after these."""
-    opset = targets.load(target).opset
+    opset = targets.load(target).with_activations(activations).opset
     return (
         *exact(),
         RaiseOpset(minimum=opset),
@@ -52,10 +54,10 @@ def static(target: str = "cpu", effort: Effort = "fast", **options: Any) -> tupl
     """
     thorough = effort == "thorough"
     return (
-        *before_static(target),
+        *before_static(target, options.get("activations")),
         *((Equalize(),) if thorough else ()),
         InsertQdq(target=target, **options),
-        *((RoundSecondOrder(target=target), CorrectBias()) if thorough else ()),
+        *((RoundSecondOrder(target=target), CorrectBias(target=target)) if thorough else ()),
         QuantizeDynamic(target=target, include=_WITHOUT_PAIRS),
         RemoveUnused(),
     )

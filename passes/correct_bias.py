@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.contract import CalibratedPass, Kind, Result, Skip, Statistics, Want
+from onnxcompress import targets
+from onnxcompress.contract import Array, CalibratedPass, Kind, Result, Skip, Statistics, Want
 from onnxcompress.errors import InputError
 from onnxcompress.graph.names import FreshNames
 from onnxcompress.graph.quantized_kernels import QuantizedKernel, quantized_kernels
@@ -30,7 +31,7 @@ class CorrectBias(CalibratedPass):
 
         Ŵ x̂ - W x  =  (Ŵ - W) x̂ + W (x̂ - x),
 
-    which goes into the int32 bias, or a new one for Conv and Gemm without. E[x̂] is taken over
+    which goes into the bias, or a new one for Conv and Gemm without. E[x̂] is taken over
     patches, so padding counts as zero as it does in the layer; E[x̂ - x], what clipping takes, is
     taken by channel.
 
@@ -50,6 +51,8 @@ class CorrectBias(CalibratedPass):
 
     name: ClassVar[str] = "correct_bias"
 
+    target: str = "cpu"
+    """Runtime that says whether a new bias is int32 or float32."""
     rows: int = 1024
     """Rows of a layer's input to keep in all."""
     rows_each: int = 32
@@ -74,21 +77,22 @@ class CorrectBias(CalibratedPass):
             return Result(model, modified=False, skips=tuple(skips))
         statistics = self.observed(self.wants(model))
         fresh = FreshNames(model.graph)
+        kind = targets.load(self.target).weights.bias
         modified, before, after = False, 0.0, 0.0
         for kernel in kernels:
             correction, power = self._correction(kernel, statistics)
-            codes = kernel.bias_codes(correction)
-            steps = kernel.bias_scales().astype(np.float64)
+            held = kernel.held_bias()
+            bias = kernel.bias_with(correction, kind if kernel.bias is None else None)
             wanted = correction.reshape(-1) + kernel.float_bias()
-            left = [wanted - bias * steps for bias in (kernel.bias_integers(), codes)]
+            left = [wanted - kernel.bias_value(b) for b in (held, bias)]
             before, after = (
                 total + float(np.square(error).sum()) / power
                 for total, error in zip((before, after), left, strict=True)
             )
             if kernel.bias is not None:
-                modified |= kernel.write_bias(codes)
-            elif codes.any():
-                _add_bias(model.graph, kernel, codes, fresh)
+                modified |= kernel.write_bias(bias)
+            elif bias.any():
+                _add_bias(model.graph, kernel, bias, fresh)
                 modified = True
         figures = {
             "layers": len(kernels),
@@ -139,24 +143,28 @@ def _means(kernel: QuantizedKernel) -> list[Want]:
     return [want for pair in _pairs(kernel) for want in pair]
 
 
-def _add_bias(
-    graph: ir.Graph, kernel: QuantizedKernel, codes: npt.NDArray[np.int32], fresh: FreshNames
-) -> None:
-    """Give the kernel a bias of these integers."""
-    steps = kernel.bias_scales()
+def _add_bias(graph: ir.Graph, kernel: QuantizedKernel, bias: Array, fresh: FreshNames) -> None:
+    """Give the kernel this bias: int32 behind a DequantizeLinear, or float32 as it is."""
     base = f"{kernel.node.name or kernel.codes.name}_bias"
-    parts = {"quantized": codes, "scale": steps, "zero_point": np.zeros_like(codes)}
-    inputs: list[ir.Value] = []
-    for part, array in parts.items():
-        name = fresh(f"{base}_{part}")
-        value = ir.val(name, const_value=ir.tensor(array, name=name))
-        graph.register_initializer(value)
-        inputs.append(value)
-    inputs[0].meta[FLOAT] = ir.tensor(np.zeros(codes.shape, np.float32))
-    restore = ir.node("DequantizeLinear", inputs, {"axis": 0})
+    quantized = bias.dtype == np.int32
+    stored = _initializer(graph, fresh(f"{base}_quantized" if quantized else base), bias)
+    stored.meta[FLOAT] = ir.tensor(np.zeros(bias.shape, np.float32))
+    kernel.node.resize_inputs(3)
+    kernel.node.replace_input_with(2, stored)
+    if not quantized:
+        return
+    parts = {"scale": kernel.bias_scales(), "zero_point": np.zeros_like(bias)}
+    constants = [_initializer(graph, fresh(f"{base}_{k}"), array) for k, array in parts.items()]
+    restore = ir.node("DequantizeLinear", [stored, *constants], {"axis": 0})
     output = restore.outputs[0]
     output.name = restore.name = fresh(f"{base}_dequantized")
-    output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(codes.shape)
-    graph.insert_before(kernel.node, restore)
-    kernel.node.resize_inputs(3)
+    output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(bias.shape)
+    assert kernel.node.graph is not None
+    kernel.node.graph.insert_before(kernel.node, restore)
     kernel.node.replace_input_with(2, output)
+
+
+def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    value = ir.val(name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(value)
+    return value

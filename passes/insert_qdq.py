@@ -12,11 +12,14 @@ import onnx_ir as ir
 from onnxcompress import targets
 from onnxcompress.contract import Array, CalibratedPass, Histogram, Kind, Result, Skip, Want
 from onnxcompress.errors import InputError
-from onnxcompress.graph.placement import Placement, absorbed_output, matches, place
+from onnxcompress.graph.placement import Placement, kernel_outputs, matches, place
 from onnxcompress.graph.quantized_weights import WeightStore
-from onnxcompress.numerics.affine import RANGES, Affine, affine
+from onnxcompress.graph.tied_scales import tie
+from onnxcompress.numerics.affine import RANGES, Affine, affine, even
 from onnxcompress.numerics.thresholds import clip_range
 from onnxcompress.operators import data_inputs, output_range, slope
+
+_NEVER_SEEN = "calibration never came to the body that it is in"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,11 @@ class InsertQdq(CalibratedPass):
 
     Declines, with a line in the report: operators without an integer kernel on the target,
     weights that are computed or that the caller may override, values that are not float32,
-    whatever `include` and `exclude` say. Bodies of If, Loop and Scan stay in float.
+    whatever `include` and `exclude` say, what calibration never came to.
+
+    Goes into bodies of If, Loop and Scan. What a body reads from outside is quantized where it is
+    made, once, and has a DequantizeLinear in each body with a kernel that reads it, since the
+    runtime makes one kernel of what stands in one body.
 
     Not idempotent by itself (its own output has no float kernels left to quantize, so a second
     run changes nothing).
@@ -48,8 +55,8 @@ class InsertQdq(CalibratedPass):
 
     target: str = "cpu"
     """Runtime whose kernels and schemes are aimed at."""
-    activations: Literal["uint8", "int8"] | None = None
-    """Type of activations; the target's own when None."""
+    activations: targets.Activations | None = None
+    """Type of activations, one that the target takes; its own when None."""
     method: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
     """How an activation's range is chosen from its histogram."""
     percentile: float = 99.999
@@ -64,15 +71,16 @@ class InsertQdq(CalibratedPass):
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:
             raise InputError(f"percentile {self.percentile} is not over 50 and at most 100")
+        self._target()
 
     def wants(self, model: ir.Model) -> Sequence[Want]:
         return _wants(self._place(model))
 
     def call(self, model: ir.Model) -> Result:
-        plan = self._place(model)
+        plan, target = self._place_observed(model), self._target()
         opset = model.graph.opset_imports.get("", 0)
-        if plan.kernels and opset < targets.load(self.target).opset:
-            reason = f"opset {opset} has no per-channel DequantizeLinear"
+        if plan.kernels and opset < target.opset:
+            reason = f"opset {opset} has not what {target.activations.dtype} needs: {target.opset}"
             return Result(model, modified=False, skips=(Skip("", "", reason), *plan.skips))
         if not plan.kernels:
             return Result(model, modified=False, skips=tuple(plan.skips))
@@ -81,24 +89,55 @@ class InsertQdq(CalibratedPass):
             root: self._parameters(root, statistics.histogram(root.name or ""))
             for root in plan.roots
         }
-        for root in plan.roots:
-            _share_scale(root, plan, parameters)
-        target = targets.load(self.target)
+        if not target.activations.symmetric:
+            for root in plan.roots:
+                _share_scale(root, plan, parameters)
+        tie(plan, target, parameters)
         weights = WeightStore(model.graph, target, per_channel=self.per_channel)
-        _Rewrite(model.graph, plan, parameters, weights).run()
+        _Rewrite(plan, parameters, weights).run()
         figures = {"integer kernels": len(plan.kernels), "quantized values": len(plan.roots)}
         return Result(model, modified=True, skips=tuple(plan.skips), figures=figures)
 
-    def _place(self, model: ir.Model) -> Placement:
+    def _target(self) -> targets.Target:
+        return targets.load(self.target).with_activations(self.activations)
+
+    def _place(self, model: ir.Model, refused: Mapping[ir.Node, str] | None = None) -> Placement:
         def wanted(node: ir.Node) -> bool:
             return matches(node, self.include) and not matches(node, self.exclude)
 
-        return place(model.graph, targets.load(self.target), wanted)
+        return place(model.graph, self._target(), wanted, refused)
+
+    def _place_observed(self, model: ir.Model) -> Placement:
+        """A placement without kernels inside bodies whose values calibration did not see."""
+        plan = self._place(model)
+        refused: dict[ir.Node, str] = {}
+        while unseen := self._unseen(model, plan):
+            refused |= unseen
+            plan = self._place(model, refused)
+        return plan
+
+    def _unseen(self, model: ir.Model, plan: Placement) -> dict[ir.Node, str]:
+        """Kernels that read or make a value inside a body that was not observed, and why not."""
+        if self.statistics is None:
+            return {}
+        inside = [root for root in plan.roots if root.graph is not model.graph]
+        missing = self.statistics.missing(Want(root.name or "") for root in inside)
+        reasons = {w.value: self.statistics.reasons.get(w, _NEVER_SEEN) for w in missing}
+        found: dict[ir.Node, str] = {}
+        for node in plan.kernels if reasons else ():
+            read = (plan.root(value) for value in data_inputs(node))
+            for value in (*read, *kernel_outputs(node, self._target())):
+                if value.name in reasons:
+                    found[node] = f"cannot use {value.name!r}: {reasons[value.name]}"
+        return found
 
     def _parameters(self, value: ir.Value, histogram: Histogram) -> Affine:
-        scheme = targets.load(self.target).activations
-        dtype = self.activations or scheme.dtype
-        qmin, qmax = RANGES[dtype]
+        target = self._target()
+        scheme, producer = target.activations, value.producer()
+        kernel = None if producer is None else target.kernels.get(producer.op_type)
+        if kernel is not None and kernel.fixed is not None:
+            return even(*kernel.fixed, scheme.dtype)
+        qmin, qmax = RANGES[scheme.dtype]
         low, high = clip_range(
             _as_consumed(value, histogram),
             self.method,
@@ -107,11 +146,10 @@ class InsertQdq(CalibratedPass):
             symmetric=scheme.symmetric,
             percentile=self.percentile,
         )
-        producer = value.producer()
         bounds = None if producer is None else output_range(producer)
         if bounds is not None:
             low, high = (float(np.clip(x, *bounds)) for x in (low, high))
-        return affine(low, high, dtype, symmetric=scheme.symmetric)
+        return affine(low, high, scheme.dtype, symmetric=scheme.symmetric)
 
 
 def _wants(plan: Placement) -> list[Want]:
@@ -167,20 +205,16 @@ def _share_scale(value: ir.Value, plan: Placement, parameters: dict[ir.Value, Af
 
 
 class _Rewrite:
-    """One application of a placement to a graph."""
+    """One application of a placement to a graph and its bodies."""
 
     def __init__(
-        self,
-        graph: ir.Graph,
-        plan: Placement,
-        parameters: Mapping[ir.Value, Affine],
-        weights: WeightStore,
+        self, plan: Placement, parameters: Mapping[ir.Value, Affine], weights: WeightStore
     ) -> None:
-        self.graph = graph
         self.plan = plan
         self.parameters = parameters
         self.weights = weights
-        self.produced = {absorbed_output(node, weights.target) for node in plan.kernels}
+        made = (kernel_outputs(node, weights.target) for node in plan.kernels)
+        self.produced = {value for values in made for value in values}
         self.move_roots = {node: plan.root(node.outputs[0]) for node in plan.moves}
         self.names = {root: root.name or "" for root in plan.roots}
 
@@ -205,10 +239,12 @@ class _Rewrite:
         integers.shape = root.shape
         quantizer.name = integers.name
         producer = root.producer()
+        graph = root.graph
+        assert graph is not None
         if producer is None:
-            self.graph.insert_before(self.graph[0], quantizer)
+            graph.insert_before(graph[0], quantizer)
         else:
-            self.graph.insert_after(producer, quantizer)
+            graph.insert_after(producer, quantizer)
         readers: list[tuple[ir.Node, int]] = []
         for user, index in users:
             if user in self.plan.moves and index == 0:
@@ -240,10 +276,38 @@ class _Rewrite:
         *,
         takes_name: bool,
     ) -> None:
-        """Give `readers` (and the graph's outputs) floats made from `integers`."""
+        """Give `readers` (and the graph's outputs) floats made from `integers`.
+
+        Kernels in other bodies get floats of their own, since nothing fuses across a border.
+        """
+        home = integers.graph
+        assert isinstance(home, ir.Graph)
         exported = takes_name and original.is_graph_output()
-        if not readers and not exported:
-            return
+        by_graph: dict[ir.Graph, list[tuple[ir.Node, int]]] = {}
+        for user, index in readers:
+            graph = user.graph if user in self.plan.kernels else home
+            assert isinstance(graph, ir.Graph)
+            by_graph.setdefault(graph, []).append((user, index))
+        if exported:
+            by_graph.setdefault(home, [])
+        for graph in sorted(by_graph, key=lambda graph: graph is not home):
+            floats = self._floats(original, integers, constants, graph, takes_name=takes_name)
+            for user, index in by_graph[graph]:
+                user.replace_input_with(index, floats)
+            if exported and graph is home:
+                home.outputs[:] = [floats if v is original else v for v in home.outputs]
+            takes_name = False
+
+    def _floats(
+        self,
+        original: ir.Value,
+        integers: ir.Value,
+        constants: Sequence[ir.Value],
+        graph: ir.Graph,
+        *,
+        takes_name: bool,
+    ) -> ir.Value:
+        """The output of a new DequantizeLinear in `graph`."""
         dequantizer = ir.node("DequantizeLinear", [integers, *constants])
         floats = dequantizer.outputs[0]
         name = original.name or ""
@@ -255,9 +319,8 @@ class _Rewrite:
         dequantizer.name = self.weights.fresh(f"{name}_dequantize")
         producer = integers.producer()
         assert producer is not None
-        self.graph.insert_after(producer, dequantizer)
-        for user, index in readers:
-            user.replace_input_with(index, floats)
-        if exported:
-            outputs = self.graph.outputs
-            outputs[:] = [floats if v is original else v for v in outputs]
+        if graph is producer.graph:
+            graph.insert_after(producer, dequantizer)
+        else:
+            graph.insert_before(graph[0], dequantizer)
+        return floats

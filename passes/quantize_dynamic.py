@@ -106,6 +106,8 @@ class QuantizeDynamic(Pass):
             reason = f"dynamic quantization needs opset {_OPSET}: convert the model up first"
         else:
             reason = _REFUSALS[node.op_type](node) or self._refuse_size(node)
+            if reason is None and node.op_type not in targets.load(self.target).dynamic:
+                reason = f"{self.target} has no kernel that takes its weight as integers"
         if reason is not None:
             skips.append(_skip(node, reason))
         return reason is None

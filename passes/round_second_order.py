@@ -116,7 +116,7 @@ class RoundSecondOrder(CalibratedPass):
         changed = kernel.write(found)
         if centered:
             lost = np.einsum("gnk,gk->gn", weight - found * scales[..., None], mean)
-            bias = kernel.bias_codes(lost * np.float64(kernel.data_scale))
+            bias = kernel.bias_with(lost * np.float64(kernel.data_scale))
             changed |= kernel.write_bias(bias)
             before = before + np.square(
                 np.einsum("gnk,gk->gn", weight - codes * scales[..., None], mean)

@@ -8,7 +8,8 @@ behind them wants integers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -40,6 +41,13 @@ class Placement:
     roots: dict[ir.Value, None] = field(default_factory=dict[ir.Value, None])
     """Values that get a pair with parameters of their own."""
     skips: list[Skip] = field(default_factory=list[Skip])
+    left: dict[ir.Node, str] = field(default_factory=dict[ir.Node, str])
+    """Nodes that have a kernel and stay in float, and why."""
+
+    def decline(self, node: ir.Node, reason: str) -> None:
+        """Leave a node in float that was worth a line in the report."""
+        self.left[node] = reason
+        self.skips.append(Skip(node.name or "", node.op_type, reason))
 
     def root(self, value: ir.Value) -> ir.Value:
         """The value whose parameters `value` has: itself, or what moves made it from."""
@@ -53,52 +61,67 @@ def matches(node: ir.Node, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(node.name or "", p) or fnmatchcase(node.op_type, p) for p in patterns)
 
 
-def place(graph: ir.Graph, target: Target, wanted: Callable[[ir.Node], bool]) -> Placement:
+def place(
+    graph: ir.Graph,
+    target: Target,
+    wanted: Callable[[ir.Node], bool],
+    refused: Mapping[ir.Node, str] | None = None,
+) -> Placement:
     """Decide which of the graph's nodes run on integers on `target`.
 
     Args:
-        graph: the main graph; nodes inside bodies of If, Loop and Scan stay in float.
+        graph: the main graph; nodes inside bodies of If, Loop and Scan are placed with it.
         target: what the runtime can do.
         wanted: whether a person allows this node to be quantized.
+        refused: nodes that cannot be quantized for another reason, which is given.
     """
     plan = Placement()
-    carried = _spread(graph, target, wanted, plan)
-    _trim(graph, target, plan)
-    for node in graph:
+    nodes = list(ir.traversal.RecursiveGraphIterator(graph))
+    opset = graph.opset_imports.get("", 0)
+    carried = _spread(nodes, opset, target, wanted, refused or {}, plan)
+    _trim(nodes, target, plan)
+    inside = _joined(target, plan)
+    for node in nodes:
         if node not in plan.kernels:
             continue
         for value in data_inputs(node):
-            if constant_tensor(value) is None:
+            if constant_tensor(value) is None and value not in inside:
                 plan.roots[plan.root(value)] = None
-        output = absorbed_output(node, target)
-        if output in carried:
-            plan.roots[output] = None
+        if target.kernels[node.op_type].output == "integer":
+            made = (v for v in kernel_outputs(node, target) if v in carried and v not in inside)
+            plan.roots.update(dict.fromkeys(made))
     return plan
 
 
 def _spread(
-    graph: ir.Graph, target: Target, wanted: Callable[[ir.Node], bool], plan: Placement
+    nodes: Sequence[ir.Node],
+    opset: int,
+    target: Target,
+    wanted: Callable[[ir.Node], bool],
+    refused: Mapping[ir.Node, str],
+    plan: Placement,
 ) -> set[ir.Value]:
     """Mark kernels and moves from inputs to outputs; returns the values that exist as integers."""
-    opset = graph.opset_imports.get("", 0)
     carried: set[ir.Value] = set()
     misfused: set[ir.Value] = set()
-    for node in graph:
+    for node in nodes:
         if _is_misfused(node) or (_hands_on(node, target) and node.inputs[0] in misfused):
             misfused.update(node.outputs)
         kernel = target.kernels.get(node.op_type) if node.domain in DEFAULT_DOMAINS else None
         if kernel is not None:
             if not kernel.anchor and not _follows(node, carried):
+                plan.left[node] = "what it reads are no integers"
                 continue
-            reason = _refusal(node) if wanted(node) else "excluded by name or type"
+            reason = _refusal(node, target) if wanted(node) else "excluded by name or type"
+            reason = refused.get(node, reason)
             if not misfused.isdisjoint(data_inputs(node)):
                 reason = "a pair before it would fuse an average pool that counts differently then"
             if reason is not None:
-                plan.skips.append(Skip(node.name or "", node.op_type, reason))
+                plan.decline(node, reason)
                 continue
             plan.kernels[node] = None
-            if kernel.output == "integer":
-                carried.add(absorbed_output(node, target))
+            if kernel.output != "either":
+                carried.update(kernel_outputs(node, target))
         elif _moves(node, target, opset) and data_inputs(node)[0] in carried and wanted(node):
             plan.moves[node] = None
             carried.update(node.outputs)
@@ -124,19 +147,43 @@ def _follows(node: ir.Node, carried: set[ir.Value]) -> bool:
     return bool(inputs) and all(v in carried for v in inputs)
 
 
-def _trim(graph: ir.Graph, target: Target, plan: Placement) -> None:
+def _trim(nodes: Sequence[ir.Node], target: Target, plan: Placement) -> None:
     """Return to float what ends in float anyway: it would lose precision and gain nothing."""
-    for node in reversed(graph):
+    for node in reversed(nodes):
         cheap = node in plan.kernels and not target.kernels[node.op_type].anchor
         if not cheap and node not in plan.moves:
             continue
-        output = absorbed_output(node, target) if cheap else node.outputs[0]
-        outputs = (output,) if cheap else node.outputs
+        outputs = kernel_outputs(node, target) if cheap else node.outputs
         if not any(
             user in plan.kernels or user in plan.moves for v in outputs for user in _users(v)
         ):
             plan.kernels.pop(node, None)
             plan.moves.pop(node, None)
+            plan.left[node] = "nothing behind it computes on integers"
+
+
+def _joined(target: Target, plan: Placement) -> set[ir.Value]:
+    """Values that never leave the kernel that makes them, for what reads them runs within it."""
+    found: set[ir.Value] = set()
+    for node in plan.kernels:
+        if target.kernels[node.op_type].joins:
+            own = (v for v in data_inputs(node) if v.graph is node.graph)
+            inside = (v for v in own if _is_private(v, target, plan))
+            found.update(itertools.islice(inside, 1))
+    return found
+
+
+def _is_private(value: ir.Value, target: Target, plan: Placement) -> bool:
+    """Whether a kernel that starts by itself makes the value for one reader alone."""
+    node = value.producer()
+    if node is None or node not in plan.kernels or value.is_graph_output():
+        return False
+    return target.kernels[node.op_type].anchor and len(value.uses()) == 1
+
+
+def kernel_outputs(node: ir.Node, target: Target) -> list[ir.Value]:
+    """What a kernel gives out: `absorbed_output`, or each of several outputs."""
+    return [absorbed_output(node, target)] if len(node.outputs) == 1 else list(node.outputs)
 
 
 def absorbed_output(node: ir.Node, target: Target) -> ir.Value:
@@ -185,12 +232,18 @@ def _text(node: ir.Node, name: str) -> str:
     return "" if attribute is None else attribute.as_string()
 
 
-def _refusal(node: ir.Node) -> str | None:
+def _refusal(node: ir.Node, target: Target) -> str | None:
     """Why a node of a type that has an integer kernel cannot use it; None where it can."""
     if all(_is_dequantized(value) for value in node.inputs[:2]):
         return "it reads integers already"
-    reason = _REFUSALS.get(node.op_type, _refuse_constants)(node)
-    if reason is None and any(v.dtype not in (None, ir.DataType.FLOAT) for v in data_inputs(node)):
+    if len(node.outputs) > 1 and node.op_type != "Split":
+        return "it has more than one output"
+    known = _REFUSALS.get(node.op_type)
+    reason = known(node) if known else _refuse_constants(node, target)
+    # What follows a kernel reads floats; what starts by itself might read anything.
+    starts = known is None and target.kernels[node.op_type].anchor
+    allowed = {ir.DataType.FLOAT} if starts else {None, ir.DataType.FLOAT}
+    if reason is None and any(v.dtype not in allowed for v in data_inputs(node)):
         return "its data are not float32"
     return reason
 
@@ -248,23 +301,26 @@ def _refuse_values(node: ir.Node) -> str | None:
     return None
 
 
-def _refuse_constants(node: ir.Node) -> str | None:
+def _refuse_constants(node: ir.Node, target: Target) -> str | None:
     """A constant operand is quantized per tensor, so its own values must survive that."""
     if node.op_type == "AveragePool" and int_attribute(node, "ceil_mode", 0):
         return "the integer kernel rounds its output size down"
+    kernel, scheme = target.kernels[node.op_type], target.activations
     for value in data_inputs(node):
         array = constant(value)
         if array is None:
             continue
+        if kernel.tied or kernel.joins:
+            return "its operand is constant"
         if array.dtype != np.float32 or not array.size or not np.isfinite(array).all():
             return "a constant operand is not finite float32"
-        restored = dequantize(
-            quantize(array, p := affine(float(array.min()), float(array.max()), "uint8")), p
-        )
+        low, high = float(array.min()), float(array.max())
+        parameters = affine(low, high, scheme.dtype, symmetric=scheme.symmetric)
+        restored = dequantize(quantize(array, parameters), parameters)
         noise = float(np.square(restored - array, dtype=np.float64).sum())
         power = float(np.square(array, dtype=np.float64).sum())
         if power < noise * 10 ** (_LEAST_CONSTANT_SQNR / 10):
-            return "its constant operand does not fit 8 bits per tensor"
+            return "its constant operand does not fit one scale a tensor"
     return None
 
 

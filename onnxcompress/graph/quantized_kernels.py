@@ -30,7 +30,7 @@ _OPERATORS = ("Conv", "Gemm", "MatMul")
 
 @dataclass(frozen=True, slots=True)
 class QuantizedKernel:
-    """A Conv, Gemm or MatMul that reads dequantized data, int8 weights and perhaps an int32 bias.
+    """A Conv, Gemm or MatMul that reads dequantized data, int8 weights and perhaps a bias.
 
     Its weight as a matrix is [G, N, K]: G groups of N output channels that sum over K values, in
     the order in which `Patches` lays out a row.
@@ -44,6 +44,7 @@ class QuantizedKernel:
     codes: ir.Value
     scale: ir.Value
     bias: ir.Value | None
+    """Its int32 codes, or itself where it stayed float."""
 
     @property
     def depthwise(self) -> bool:
@@ -83,7 +84,7 @@ class QuantizedKernel:
         return True
 
     def bias_scales(self) -> npt.NDArray[np.float32]:
-        """Of the int32 bias, [G · N]."""
+        """Of an int32 bias, [G · N]."""
         return np.maximum(self.data_scale * self.scales().reshape(-1), SMALLEST_SCALE)
 
     def float_bias(self) -> npt.NDArray[np.float64]:
@@ -91,23 +92,32 @@ class QuantizedKernel:
         floats = np.zeros(self.scales().size) if self.bias is None else _original(self.bias)
         return floats.astype(np.float64)
 
-    def bias_integers(self) -> npt.NDArray[np.int32]:
-        """[G · N], as they stand; zeros without a bias."""
+    def held_bias(self) -> Array:
+        """[G · N], int32 or float32, as it stands; zeros without a bias."""
         found = constant(self.bias)
         return np.zeros(self.scales().size, np.int32) if found is None else found
 
-    def bias_codes(self, correction: Array) -> npt.NDArray[np.int32]:
-        """`float_bias` plus `correction` [G, N], as int32 [G · N]."""
-        steps = self.bias_scales().astype(np.float64)
-        wanted = (self.float_bias() + correction.reshape(-1)) / steps
-        return np.clip(np.rint(wanted), *RANGES["int32"]).astype(np.int32)
+    def bias_value(self, bias: Array) -> npt.NDArray[np.float64]:
+        """What `bias` [G · N] stands for, floats or codes in `bias_scales`."""
+        floats = bias.astype(np.float64)
+        return floats if bias.dtype == np.float32 else floats * self.bias_scales()
 
-    def write_bias(self, codes: npt.NDArray[np.int32]) -> bool:
-        """Put int32 [G · N] in the place of the bias there is; whether they are others."""
+    def bias_with(self, correction: Array, kind: npt.DTypeLike | None = None) -> Array:
+        """`float_bias` plus `correction` [G, N], of `kind` or the type of the bias there is."""
+        wanted = self.float_bias() + correction.reshape(-1)
+        if np.dtype(kind or self.held_bias().dtype) == np.float32:
+            return wanted.astype(np.float32)
+        codes = np.rint(wanted / self.bias_scales().astype(np.float64))
+        return np.clip(codes, *RANGES["int32"]).astype(np.int32)
+
+    def write_bias(self, bias: Array) -> bool:
+        """Put [G · N] in the place of the bias there is; whether it is another."""
         assert self.bias is not None and self.bias.const_value is not None
-        if np.array_equal(codes, self.bias.const_value.numpy()):
+        if np.array_equal(bias, self.bias.const_value.numpy()):
             return False
-        self.bias.const_value = ir.tensor(codes, name=self.bias.name)
+        if FLOAT not in self.bias.meta:
+            self.bias.meta[FLOAT] = self.bias.const_value
+        self.bias.const_value = ir.tensor(bias, name=self.bias.name)
         return True
 
     def want(self, rows: int, rows_each: int) -> Want:
@@ -161,10 +171,10 @@ class QuantizedKernel:
 
 
 def quantized_kernels(graph: ir.Graph) -> tuple[list[QuantizedKernel], list[Skip]]:
-    """The integer kernels of the main graph, and those that cannot be worked on."""
+    """The integer kernels of the graph and its bodies, and those that cannot be worked on."""
     kernels: list[QuantizedKernel] = []
     skips: list[Skip] = []
-    for node in graph:
+    for node in ir.traversal.RecursiveGraphIterator(graph):
         if node.op_type not in _OPERATORS or node.domain not in DEFAULT_DOMAINS:
             continue
         data, weight = _dequantizer(node, 0), _dequantizer(node, 1)
@@ -200,9 +210,11 @@ def _bias_refusal(node: ir.Node) -> str | None:
     if index is None or index >= len(node.inputs) or node.inputs[index] is None:
         return None
     restore = _dequantizer(node, index)
+    if restore is None and _is_own_float(node.inputs[index]):
+        return None
     codes = None if restore is None else restore.inputs[0]
     if restore is None or codes is None or FLOAT not in codes.meta:
-        return "its bias is not a constant that was quantized"
+        return "its bias is neither a constant of its own nor one that was quantized"
     return None if _private(restore) else "its bias is shared with another node"
 
 
@@ -212,19 +224,32 @@ def _kernel(node: ir.Node, data: ir.Node, weight: ir.Node) -> QuantizedKernel:
     assert integers is not None and codes is not None and scale is not None
     assert data_scale is not None
     index = operator(node).bias
-    restore = None if index is None or index >= len(node.inputs) else _dequantizer(node, index)
-    bias = None if restore is None else restore.inputs[0]
+    bias = None if index is None or index >= len(node.inputs) else node.inputs[index]
+    if index is not None and (restore := _dequantizer(node, index)) is not None:
+        bias = restore.inputs[0]
     zero = int(_zero_point(data).reshape(-1)[0])
     step = np.float32(data_scale.reshape(-1)[0])
     return QuantizedKernel(node, integers, step, zero, codes, scale, bias)
 
 
-def _original(integers: ir.Value) -> Array:
-    return cast(ir.TensorProtocol, integers.meta[FLOAT]).numpy()
+def _original(stored: ir.Value) -> Array:
+    """The floats that integers stand for, or that a bias held first."""
+    if FLOAT in stored.meta:
+        return cast(ir.TensorProtocol, stored.meta[FLOAT]).numpy()
+    assert stored.const_value is not None
+    return stored.const_value.numpy()
+
+
+def _is_own_float(bias: ir.Value | None) -> bool:
+    """Whether a bias is an initializer in float that one node reads, as some targets want it."""
+    if bias is None or not bias.is_initializer() or bias.is_graph_input():
+        return False
+    own = len(bias.uses()) == 1 and not bias.is_graph_output()
+    return own and bias.const_value is not None and bias.const_value.dtype == ir.DataType.FLOAT
 
 
 def _dequantizer(node: ir.Node, index: int) -> ir.Node | None:
-    value = node.inputs[index]
+    value = node.inputs[index] if index < len(node.inputs) else None
     producer = None if value is None else value.producer()
     return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Array
 from onnxcompress.graph.names import FreshNames
+from onnxcompress.graph.rewriting import insert
 from onnxcompress.numerics.affine import (
     SMALLEST_SCALE,
     Affine,
@@ -48,6 +49,7 @@ class WeightStore:
         self._first = graph[0]
         self._replaced: dict[ir.Value, None] = {}
         self._shared: dict[tuple[object, ...], ir.Value] = {}
+        self._stored: dict[tuple[object, ...], tuple[ir.Value, ...]] = {}
 
     def initializer(self, name: str, content: Array | ir.TensorProtocol) -> ir.Value:
         """A new initializer of the graph."""
@@ -143,13 +145,25 @@ class WeightStore:
         shape: Sequence[int],
         scales: Array,
     ) -> tuple[ir.Value, ir.Value]:
-        self._replaced[value] = None
         name = value.name or "constant"
-        if (stored := self._shared.get((value, *how))) is None:
-            stored = self.initializer(f"{name}_quantized", _computed(codes, "int8", shape))
-            self._shared[(value, *how)] = stored
-            self._shared[(value, *how, "scale")] = self.initializer(f"{name}_scale", scales)
-        return stored, self._shared[(value, *how, "scale")]
+
+        def make() -> tuple[ir.Value, ...]:
+            tensor = computed(codes, "int8", shape)
+            return self.initializer(f"{name}_quantized", tensor), self.initializer(
+                f"{name}_scale", scales
+            )
+
+        stored, scale = self.once(value, how, make)
+        return stored, scale
+
+    def once(
+        self, value: ir.Value, how: tuple[object, ...], make: Callable[[], tuple[ir.Value, ...]]
+    ) -> tuple[ir.Value, ...]:
+        """What `make` gives in place of a constant, made once for each way of storing it."""
+        self._replaced[value] = None
+        if (value, *how) not in self._stored:
+            self._stored[(value, *how)] = make()
+        return self._stored[(value, *how)]
 
     def drop_unused(self) -> None:
         """Remove the float constants that only quantized nodes used, wherever they stand."""
@@ -169,8 +183,9 @@ class WeightStore:
         bias = (
             node.inputs[row.bias] if row.bias is not None and len(node.inputs) > row.bias else None
         )
-        biases = constant(bias)
-        parameters = self._weight_parameters(node, array, biases, data)
+        if self.target.weights.bias == "float32":
+            bias = None
+        parameters = self._weight_parameters(node, array, constant(bias), data)
         self._replace(node, row.weight, weight, parameters, _kernel_order(node, array.ndim))
         if row.bias is not None and bias is not None:
             scale = np.asarray(np.maximum(data.scale * parameters.scale, SMALLEST_SCALE))
@@ -182,7 +197,8 @@ class WeightStore:
         self, node: ir.Node, weight: Array, bias: Array | None, data: Affine
     ) -> Affine:
         axis = out_axis(node, weight.ndim)
-        if not self.per_channel or axis is None or (node.op_type == "MatMul" and weight.ndim > 2):
+        per_channel = self.per_channel and node.op_type in self.target.weights.per_channel
+        if not per_channel or axis is None or (node.op_type == "MatMul" and weight.ndim > 2):
             axis = None
         order = _kernel_order(node, weight.ndim)
         rows = _rows(weight, axis, order)
@@ -200,7 +216,8 @@ class WeightStore:
     def _constant_parameters(self, value: ir.Value) -> Affine:
         array = constant(value)
         assert array is not None
-        return affine(float(array.min()), float(array.max()), self.target.activations.dtype)
+        scheme, low, high = self.target.activations, float(array.min()), float(array.max())
+        return affine(low, high, scheme.dtype, symmetric=scheme.symmetric)
 
     def _replace(
         self,
@@ -210,18 +227,21 @@ class WeightStore:
         parameters: Affine,
         pairs: Sequence[int] | None = None,
     ) -> None:
-        key = (value, parameters.scale.tobytes(), parameters.dtype, parameters.axis)
+        assert isinstance(node.graph, ir.Graph)
+        how = (parameters.scale.tobytes(), parameters.dtype, parameters.axis)
+        key = (value, *how, node.graph)
         restored = self._shared.get(key)
         if restored is None:
             bounded = pairs if self.target.bounds_pair_sums else None
-            restored = self._shared[key] = self._restored(value, parameters, bounded)
+            (stored,) = self.once(value, how, lambda: self._integers(value, parameters, bounded))
+            restored = self._restored(value, stored, parameters, node.graph)
+            self._shared[key] = restored
         node.replace_input_with(index, restored)
-        self._replaced[value] = None
 
-    def _restored(
+    def _integers(
         self, value: ir.Value, parameters: Affine, pairs: Sequence[int] | None
-    ) -> ir.Value:
-        """The output of a new DequantizeLinear over the integers of `value`."""
+    ) -> tuple[ir.Value]:
+        """A new initializer that holds the integers of `value`."""
         source = constant_tensor(value)
         assert source is not None
         name = value.name or "constant"
@@ -230,22 +250,44 @@ class WeightStore:
             q = quantize(source.numpy(), parameters)
             return q if pairs is None else _trimmed(q, parameters.axis, pairs)
 
-        shape = ir.Shape(source.shape.numpy())
-        tensor = _computed(integers, parameters.dtype, source.shape.numpy())
+        tensor = computed(integers, parameters.dtype, source.shape.numpy())
         stored = self.initializer(f"{name}_quantized", tensor)
         stored.meta[FLOAT] = source
+        return (stored,)
+
+    def _restored(
+        self, value: ir.Value, stored: ir.Value, parameters: Affine, graph: ir.Graph
+    ) -> ir.Value:
+        """The output of a new DequantizeLinear over `stored`, in the graph of what reads it.
+
+        ONNX Runtime makes one kernel only of what stands in one body; its constants may not.
+        """
+        name = value.name or "constant"
         attributes = {} if parameters.axis is None else {"axis": parameters.axis}
-        restore = ir.node(
-            "DequantizeLinear", [stored, *self.parameters(name, parameters)], attributes
+        restored = self.before_all(
+            "DequantizeLinear",
+            [stored, *self.parameters(name, parameters)],
+            self.fresh(f"{name}_dequantized"),
+            attributes,
+            graph,
         )
-        output = restore.outputs[0]
-        output.name = restore.name = self.fresh(f"{name}_dequantized")
-        output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), shape
-        self.graph.insert_before(self._first, restore)
-        return output
+        restored.shape = stored.shape
+        return restored
+
+    def before_all(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        attributes: Mapping[str, int | Sequence[int]],
+        graph: ir.Graph | None = None,
+    ) -> ir.Value:
+        """The float output of a new node in front of `graph`, or where all bodies see it too."""
+        first = self._first if graph in (None, self.graph) else graph[0]
+        return insert(first, op_type, inputs, name, attributes)
 
 
-def _computed(integers: Callable[[], Array], dtype: str, shape: Sequence[int]) -> ir.TensorProtocol:
+def computed(integers: Callable[[], Array], dtype: str, shape: Sequence[int]) -> ir.TensorProtocol:
     """A tensor of `integers()`, made on demand where it is large."""
     kind = ir.DataType[dtype.upper()]
     if math.prod(shape) > _LAZY_SIZE:

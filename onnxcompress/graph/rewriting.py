@@ -27,13 +27,15 @@ def become(
 def insert(
     node: ir.Node,
     op_type: str,
-    inputs: Sequence[ir.Value],
+    inputs: Sequence[ir.Value | None],
     name: str,
     attributes: Mapping[str, int | Sequence[int]] | None = None,
     dtype: ir.DataType = ir.DataType.FLOAT,
+    *,
+    domain: str = "",
 ) -> ir.Value:
     """The output, called `name` as is the node, of a new node before `node`."""
-    new = ir.node(op_type, inputs, attributes, name=name)
+    new = ir.node(op_type, inputs, attributes, domain=domain, name=name)
     output = new.outputs[0]
     output.name, output.type = name, ir.TensorType(dtype)
     assert node.graph is not None

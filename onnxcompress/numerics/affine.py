@@ -70,6 +70,17 @@ def affine(low: float, high: float, dtype: str, *, symmetric: bool = False) -> A
     return Affine(scale, np.asarray(zero_point, dtype), dtype)
 
 
+def even(low: float, high: float, dtype: str) -> Affine:
+    """Per-tensor parameters whose step divides [low, high] by the number of codes of the type.
+
+    So the step of [0, 1] is a power of two, and the code above the largest would stand for `high`.
+    """
+    qmin, qmax = RANGES[dtype]
+    step = (high - low) / (qmax - qmin + 1)
+    zero_point = np.asarray(np.clip(round(qmin - low / step), qmin, qmax), dtype)
+    return Affine(_float32_scale(step), zero_point, dtype)
+
+
 def symmetric_per_channel(bound: FloatArray, dtype: str, axis: int) -> Affine:
     """Symmetric parameters of each channel from the largest magnitude to represent in it, (C,)."""
     _, qmax = RANGES[dtype]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -16,36 +16,53 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from onnxcompress.errors import InputError, did_you_mean
-from onnxcompress.numerics.affine import RANGES
+from onnxcompress.operators import TABLE
+from onnxcompress.options import build
 from onnxcompress.plugins import load_plugin, plugins
 
-Output = Literal["integer", "either"]
+Activations = Literal["uint8", "int8", "uint16", "int16"]
+Floats = Literal["float16", "bfloat16", "float8e4m3fn"]
 _GROUP: Final = "onnxcompress.targets"
+_OPSET_OF_16_BITS: Final = 21
+"""The first whose QuantizeLinear gives 16 bits (ONNX operator changelog)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """An operator that the runtime computes in integers."""
 
-    output: Output
+    output: Literal["integer", "wanted", "either"] = "integer"
+    """integer: it needs a pair behind it. wanted: its output is an integer where a kernel reads it.
+    either: the same, but only kernels that start by themselves count as such."""
     anchor: bool = False
+    """Worth quantizing by itself; others follow where their inputs are integers already."""
+    tied: bool = False
+    """Its inputs and outputs take one scale and zero_point."""
+    joins: bool = False
+    """Runs within the kernel before one of its inputs, so no pair may stand between the two."""
+    fixed: tuple[float, float] | None = None
+    """The range that the output's codes must divide evenly, with a scale that is a power of two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationScheme:
     """How the runtime wants activations: `dtype`, and whether zero_point must be the middle."""
 
-    dtype: str
+    dtype: Activations
     symmetric: bool
+    alternatives: tuple[Activations, ...] = ()
+    """Other types that the same kernels take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightScheme:
     """How the runtime wants weights; `pair_sums` as `Target.bounds_pair_sums` reads it."""
 
-    dtype: str
-    symmetric: bool
-    per_channel: bool
+    dtype: Literal["int8"]
+    symmetric: Literal[True]
+    per_channel: tuple[str, ...]
+    """Operators whose weights may have a scale for each output channel."""
+    bias: Literal["int32", "float32"]
     pair_sums: Literal["auto", "bounded", "free"]
 
 
@@ -53,14 +70,33 @@ class WeightScheme:
 class Target:
     """One runtime: schemes it wants and operators it runs on integers (see `cpu.toml`)."""
 
-    name: str
+    name: str = field(repr=False, default="")
     description: str
+    provider: str
+    """ONNX Runtime's execution provider for it."""
+    machines: tuple[str, ...] = ()
+    """`platform.machine()` in lower case where a measurement counts; any where empty."""
     opset: int
+    """The least in which what the passes write is defined."""
+    floats: tuple[Floats, ...]
+    """Reduced float types that it computes in."""
     activations: ActivationScheme
     weights: WeightScheme
     kernels: Mapping[str, Kernel]
     moves: Mapping[str, int]
-    absorbs: frozenset[str]
+    """Run between QuantizeLinear and DequantizeLinear, from this opset on."""
+    absorbs: tuple[str, ...]
+    """Vanish into the kernel before them."""
+    dynamic: tuple[str, ...]
+    """Kernels of integer weights that quantize their data as it comes, or look integers up."""
+    weight_only: tuple[str, ...] = ()
+    """Operators of the domain com.microsoft that take weights in blocks of few bits."""
+
+    def __post_init__(self) -> None:
+        named = (*self.kernels, *self.moves, *self.absorbs, *self.dynamic)
+        for operator in (*named, *self.weights.per_channel):
+            if operator not in TABLE:
+                raise InputError(f"no operator {operator!r}{did_you_mean(operator, TABLE)}")
 
     @property
     def bounds_pair_sums(self) -> bool:
@@ -68,6 +104,29 @@ class Target:
         if self.weights.pair_sums == "auto":
             return not machine_has_vnni()
         return self.weights.pair_sums == "bounded"
+
+    @property
+    def measurable(self) -> bool:
+        """Whether running a model on this machine tells how fast the target runs it."""
+        import platform
+
+        known = not self.machines or platform.machine().lower() in self.machines
+        return known and self.provider == _MEASURED
+
+    def with_activations(self, dtype: Activations | None) -> Target:
+        """The same with activations of `dtype`; its own where None.
+
+        Raises:
+            InputError: if its kernels do not take them.
+        """
+        own = self.activations
+        if dtype is None or dtype == own.dtype:
+            return self
+        if dtype not in own.alternatives:
+            kinds = " or ".join((own.dtype, *own.alternatives))
+            raise InputError(f"target {self.name!r} takes {kinds} activations, not {dtype}")
+        opset = max(self.opset, _OPSET_OF_16_BITS) if dtype.endswith("16") else self.opset
+        return replace(self, opset=opset, activations=replace(own, dtype=dtype))
 
 
 def names() -> list[str]:
@@ -109,25 +168,12 @@ def parse(name: str, table: Mapping[str, Any]) -> Target:
     Raises:
         InputError: if a key is unknown, missing or holds what it cannot hold.
     """
-    try:
-        target = Target(
-            name=name,
-            description=table["description"],
-            opset=table["opset"],
-            activations=ActivationScheme(**table["activations"]),
-            weights=WeightScheme(**table["weights"]),
-            kernels={op: Kernel(**row) for op, row in table["kernels"].items()},
-            moves=table["moves"],
-            absorbs=frozenset(table["absorbs"]["operators"]),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"target {name!r}: {error}") from error
-    for scheme in (target.activations, target.weights):
-        if scheme.dtype not in RANGES:
-            raise InputError(f"target {name!r}: {scheme.dtype!r} is not an integer type")
-    return target
+    if "name" in table:
+        raise InputError(f"target {name!r}: it is named by its file, leave 'name' out")
+    return replace(build(Target, table, f"target {name!r}"), name=name)
 
 
+_MEASURED: Final = "CPUExecutionProvider"
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
