@@ -111,7 +111,9 @@ def arithmetic_rows(report: Report) -> list[Row]:
     """How much runs on integers, where anything is multiplied at all."""
     if report.audit is None or not report.audit.macs:
         return []
-    return [Row(label="arithmetic in integers", after=percent(report.audit.share))]
+    promised = report.audit.promised
+    by = f", by the table of {promised}: not measured" if promised else ""
+    return [Row(label="arithmetic in integers", after=percent(report.audit.share) + by)]
 
 
 def unfused(report: Report) -> str:

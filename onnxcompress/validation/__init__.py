@@ -86,6 +86,7 @@ def compare(
     layer_feeds: int = 8,
     names: Mapping[str, str] | None = None,
     threads: int = 0,
+    as_written: bool = False,
 ) -> Validation:
     """Compare `candidate` with `original` on every feed of `data`, which is read once.
 
@@ -102,6 +103,8 @@ def compare(
         layer_feeds: feeds that are run for that, the first ones.
         names: the candidate's name of a tensor by the original's, where they differ.
         threads: threads of one operator; 0 leaves the choice to ONNX Runtime.
+        as_written: run the candidate's graph operator by operator, as a runtime without this
+            machine's integer kernels (whose sums may saturate) would.
 
     Raises:
         InputError: if the interfaces differ, a model or feed does not run, there is no feed, or
@@ -118,6 +121,7 @@ def compare(
     )
     run_b = Session(
         Path(candidate) if isinstance(candidate, str) else candidate,
+        optimization="none" if as_written else "all",
         threads=threads,
         spinning=False,
     )
