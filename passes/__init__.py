@@ -12,6 +12,7 @@ from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.prune_magnitude import PruneMagnitude
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
+from onnxcompress.passes.quantize_weights import QuantizeWeights
 from onnxcompress.passes.raise_opset import RaiseOpset
 from onnxcompress.passes.remove_identity import RemoveIdentity
 from onnxcompress.passes.remove_unused import RemoveUnused
@@ -45,4 +46,5 @@ ALL: tuple[type[Pass], ...] = (
     RoundSecondOrder,
     CorrectBias,
     QuantizeDynamic,
+    QuantizeWeights,
 )
