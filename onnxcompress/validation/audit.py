@@ -7,14 +7,21 @@ read back and held against the model node by node.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import onnx_ir as ir
 
 from onnxcompress.contract import Skip
-from onnxcompress.graph.arithmetic import INTEGERS, Shape, contracts, multiply_accumulates
+from onnxcompress.graph.arithmetic import (
+    INTEGERS,
+    Shape,
+    contracts,
+    multiply_accumulates,
+    stated_shapes,
+)
+from onnxcompress.graph.bodies import expose
 from onnxcompress.graph.names import FreshNames
 from onnxcompress.session import Feed, Session, optimized_model
 from onnxcompress.targets import Target
@@ -31,7 +38,7 @@ class Audit:
     """Multiplications of one run of a model, and what became of its pairs."""
 
     macs: int
-    """Multiply-accumulates of one sample's run, in the main graph."""
+    """Multiply-accumulates of one sample's run; those of a body as often as the run came to it."""
     integer_macs: int
     """Those of them that kernels compute on integers."""
     unfused: tuple[Skip, ...] = ()
@@ -58,10 +65,8 @@ def audit(model: ir.Model, feed: Feed, target: Target | None = None) -> Audit:
         InputError: if ONNX Runtime refuses the model or the feed.
     """
     model = model.clone()
-    fresh = FreshNames(model.graph)
-    contractions = [node for node in model.graph if contracts(node)]
-    for node in contractions:
-        node.name = node.name or fresh(f"{node.op_type}_of_{node.outputs[0].name}")
+    contractions = [node for node in model.graph.all_nodes() if contracts(node)]
+    _tell_apart(contractions, FreshNames(model.graph))
     promised = "" if target is None or target.measurable else target.name
     fused = _table_says(contractions, target) if target and promised else _fused(model)
     reason = f"{promised} has no kernel for it" if promised else "the runtime did not fuse it"
@@ -76,9 +81,18 @@ def audit(model: ir.Model, feed: Feed, target: Target | None = None) -> Audit:
     )
 
 
+def _tell_apart(nodes: Iterable[ir.Node], fresh: FreshNames) -> None:
+    """Give each a name that none of the others has, in whatever bodies they are."""
+    seen: set[str | None] = {None, ""}
+    for node in nodes:
+        if node.name in seen:
+            node.name = fresh(f"{node.op_type}_of_{node.outputs[0].name}")
+        seen.add(node.name)
+
+
 def _fused(model: ir.Model) -> set[str]:
     """Names of the nodes that ONNX Runtime computes on integers here."""
-    nodes = optimized_model(model).graph
+    nodes = optimized_model(model).graph.all_nodes()
     return {_TOKEN.sub("", n.name or "") for n in nodes if n.op_type in _INTEGER_KERNELS}
 
 
@@ -96,14 +110,34 @@ def _is_between_pairs(node: ir.Node) -> bool:
 def multiplications(model: ir.Model, nodes: Iterable[ir.Node], feed: Feed) -> Mapping[ir.Node, int]:
     """Multiply-accumulates of each of the model's `nodes`, by the shapes that one run shows.
 
+    A node inside a body counts at each visit; where its values cannot be seen (`graph.bodies`), it
+    counts once by the shapes that the graph states, if it does.
+
     Raises:
         InputError: if ONNX Runtime refuses the model or the feed.
     """
     nodes = list(nodes)
     values = {v.name: v for n in nodes for v in (*n.inputs[:3], n.outputs[0]) if v and v.name}
     known = {name: v.const_value for name, v in values.items() if v.const_value is not None}
-    shapes: dict[str, Shape] = {name: tuple(t.shape.numpy()) for name, t in known.items()}
-    if wanted := [name for name in values if name not in shapes]:
-        session = Session(model, outputs=wanted, optimization="none", prepack=False, frugal=True)
-        shapes |= {name: array.shape for name, array in session.run(feed).items()}
-    return {node: multiply_accumulates(node, shapes) for node in nodes}
+    shapes: dict[str, list[Shape]] = {n: [tuple(t.shape.numpy())] for n, t in known.items()}
+    exposed = expose(model, [name for name in values if name not in shapes])
+    if wanted := [name for name in values if name not in shapes and name not in exposed.reasons]:
+        session = Session(
+            exposed.model, outputs=wanted, optimization="none", prepack=False, frugal=True
+        )
+        found = exposed.visits(session.run(feed))
+        shapes |= {name: [array.shape for array in arrays] for name, arrays in found.items()}
+    return {node: _over_visits(node, shapes) for node in nodes}
+
+
+def _over_visits(node: ir.Node, found: Mapping[str, Sequence[Shape]]) -> int:
+    names = {v.name for v in (*node.inputs[:3], node.outputs[0]) if v is not None and v.name}
+    if not all(name in found for name in names):
+        stated = stated_shapes(node)
+        return multiply_accumulates(node, stated) if stated is not None else 0
+    visits = max(len(found[name]) for name in names) if all(found[n] for n in names) else 0
+    return sum(
+        # What a body reads from outside has less visits, each of which serves several of the body.
+        multiply_accumulates(node, {n: found[n][i * len(found[n]) // visits] for n in names})
+        for i in range(visits)
+    )

@@ -7,7 +7,7 @@ is computed from, is what its layer added.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,6 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Array
+from onnxcompress.graph.bodies import expose
+from onnxcompress.graph.scopes import subgraphs
 from onnxcompress.numerics.decisions import is_float
 from onnxcompress.numerics.fidelity import Fidelity, decibel
 from onnxcompress.operators import Role, operator
@@ -42,8 +44,9 @@ class Layer:
 class LayerTaps:
     """Runs both models with their common tensors given out, and accumulates the error at each.
 
-    One feed's worth of those tensors of both models is in memory at a time. Values inside
-    subgraphs and tensors that an operator only moved are left out.
+    One feed's worth of those tensors of both models is in memory at a time; inside bodies of If,
+    Loop and Scan a tensor is compared at each visit. Tensors that an operator only moved are left
+    out.
 
     Args:
         original: the float model.
@@ -63,24 +66,29 @@ class LayerTaps:
         self._graph = original.graph
         self._pairs = common_tensors(original, candidate, names)
         self._errors: dict[str, Fidelity] = {}
-        sides = ((original, list(self._pairs)), (candidate, list(set(self._pairs.values()))))
-        self._sessions = [
-            Session(
-                m, outputs=taps, optimization="none", threads=threads, prepack=False, spinning=False
-            )
-            for m, taps in sides
-            if taps
+        sides = [expose(original, self._pairs), expose(candidate, self._pairs.values())]
+        hidden = [set(side.reasons) for side in sides]
+        self._pairs = {
+            a: b for a, b in self._pairs.items() if a not in hidden[0] and b not in hidden[1]
+        }
+        taps = self._pairs.keys(), dict.fromkeys(self._pairs.values())
+        self._sides = [
+            (_session(side.model, list(names), threads), side)
+            for side, names in zip(sides, taps, strict=True)
+            if names
         ]
 
     def update(self, feed: Feed) -> None:
         """Run one feed through both models."""
         if not self._pairs:
             return
-        expected, found = (session.run(feed) for session in self._sessions)
+        expected, found = (side.visits(session.run(feed)) for session, side in self._sides)
         for name, other in self._pairs.items():
-            a, b = expected[name], found[other]
-            if _comparable(a, b):
-                self._errors.setdefault(name, Fidelity()).update(a, b)
+            if len(expected[name]) != len(found[other]):
+                continue  # control flow that depends on the data took another way
+            for a, b in zip(expected[name], found[other], strict=True):
+                if _comparable(a, b):
+                    self._errors.setdefault(name, Fidelity()).update(a, b)
 
     def sqnr(self, tensor: str) -> float | None:
         """SQNR in dB at a tensor of the original; None where it was not compared."""
@@ -88,21 +96,32 @@ class LayerTaps:
         return None if error is None else error.sqnr
 
     def layers(self) -> tuple[Layer, ...]:
-        """What was found so far, in graph order.
+        """What was found so far, in graph order, a body's before those of the node it is in.
 
-        Noise flows from a node's inputs to its outputs: where a tensor was not compared, what
-        flowed in stands for it.
+        Noise flows from a node's inputs to its outputs, and through its bodies: where a tensor
+        was not compared, what flowed in stands for it.
         """
-        noise: dict[ir.Value, float] = {}
-        found: list[Layer] = []
-        for node in self._graph:
-            upstream = max((noise.get(v, 0.0) for v in node.inputs if v is not None), default=0.0)
+        return tuple(self._layers(self._graph, {}))
+
+    def _layers(self, graph: ir.Graph, noise: dict[ir.Value | None, float]) -> Iterator[Layer]:
+        for node in graph:
+            upstream = max((noise.get(v, 0.0) for v in node.inputs), default=0.0)
+            for body in subgraphs(node):
+                noise |= dict.fromkeys(body.inputs, upstream)
+                yield from self._layers(body, noise)
+            given = (noise.get(v, 0.0) for body in subgraphs(node) for v in body.outputs)
+            upstream = max((upstream, *given))
             for value in node.outputs:
                 error = self._errors.get(value.name or "")
                 noise[value] = upstream if error is None else error.noise_to_signal
                 if error is not None:
-                    found.append(_layer(value, node, error.noise_to_signal, upstream))
-        return tuple(found)
+                    yield _layer(value, node, error.noise_to_signal, upstream)
+
+
+def _session(model: ir.Model, taps: list[str], threads: int) -> Session:
+    return Session(
+        model, outputs=taps, optimization="none", threads=threads, prepack=False, spinning=False
+    )
 
 
 def common_tensors(
@@ -115,13 +134,13 @@ def common_tensors(
     """
     computed = {
         v.name: as_consumed(v).name or ""
-        for node in candidate.graph
+        for node in candidate.graph.all_nodes()
         for v in node.outputs
         if v.dtype in _FLOATS
     }
     return {
         value.name: computed[other]
-        for node in original.graph
+        for node in original.graph.all_nodes()
         if operator(node).role is not Role.MOVE and node.op_type not in _SOURCES
         for value in node.outputs
         if value.name and value.dtype in _FLOATS
