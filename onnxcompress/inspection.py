@@ -10,11 +10,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxcompress import schemes, targets
-from onnxcompress.contract import Skip
 from onnxcompress.data.ports import Port, interface
-from onnxcompress.graph.placement import place
 from onnxcompress.model_io import load, size_on_disk
-from onnxcompress.operators import Role, operator
+from onnxcompress.outlook import Outlook, Runs, integer_share, outlook
 from onnxcompress.pipeline import run
 
 
@@ -39,8 +37,10 @@ class Inspection:
     target: str
     integer: Mapping[str, int]
     """Nodes by operator that would run on integers on the target."""
-    skips: tuple[Skip, ...]
-    """Nodes with an integer kernel that would stay in float, and why."""
+    integer_share: float | None
+    """Their part of the multiplications; None where the graph does not state all shapes."""
+    nodes: tuple[Outlook, ...]
+    """What would become of each node that the exact rewrites leave."""
 
 
 def inspect(path: str | Path, *, target: str = "cpu") -> Inspection:
@@ -52,9 +52,8 @@ def inspect(path: str | Path, *, target: str = "cpu") -> Inspection:
     model = load(path)
     runtime = targets.load(target)
     prepared = run(model, schemes.before_static(target)).model
-    plan = place(prepared.graph, runtime, lambda node: True)
-    bodies = [n for g in prepared.graph.subgraphs() for n in g if operator(n).role is Role.CONTRACT]
-    skips = [*plan.skips, *(Skip(n.name or "", n.op_type, "is inside a body") for n in bodies)]
+    folded = _nodes(model) - _nodes(prepared)
+    nodes = outlook(prepared, runtime)
     tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value]
     dtypes: Counter[str] = Counter()
     for tensor in tensors:
@@ -69,10 +68,11 @@ def inspect(path: str | Path, *, target: str = "cpu") -> Inspection:
         parameters=sum(t.size for t in tensors),
         dtypes=dict(dtypes.most_common()),
         operators=_count(model.graph.all_nodes()),
-        folded=_nodes(model) - _nodes(prepared),
+        folded=folded,
         target=target,
-        integer=_count([*plan.kernels, *plan.moves]),
-        skips=tuple(skips),
+        integer=dict(Counter(n.op for n in nodes if n.runs is not Runs.FLOAT).most_common()),
+        integer_share=integer_share(nodes),
+        nodes=tuple(nodes),
     )
 
 

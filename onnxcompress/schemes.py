@@ -58,9 +58,14 @@ def static(target: str = "cpu", effort: Effort = "fast", **options: Any) -> tupl
         *((Equalize(),) if thorough else ()),
         InsertQdq(target=target, **options),
         *((RoundSecondOrder(target=target), CorrectBias(target=target)) if thorough else ()),
-        QuantizeDynamic(target=target, include=_WITHOUT_PAIRS),
+        without_pairs(target),
         RemoveUnused(),
     )
+
+
+def without_pairs(target: str = "cpu") -> QuantizeDynamic:
+    """What quantizes, in the static scheme too, weights that no pair reaches."""
+    return QuantizeDynamic(target=target, include=_WITHOUT_PAIRS)
 
 
 def dynamic(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:

@@ -49,13 +49,13 @@ def multiply_accumulates(node: ir.Node, found: Mapping[str, Shape]) -> int:
 def stated_shapes(node: ir.Node) -> dict[str, Shape] | None:
     """The shapes that `multiply_accumulates` needs, as the graph states them; None if it does not.
 
-    Only whole numbers count: a symbolic dimension is not known.
+    A dimension with a name, such as a batch, counts as 1.
     """
     shapes: dict[str, Shape] = {}
     for value in (*node.inputs[:3], node.outputs[0]):
         if value is None or not value.name:
             continue
-        if value.shape is None or not value.shape.is_static():
+        if value.shape is None or value.shape.has_unknown_dim():
             return None
-        shapes[value.name] = value.shape.numpy()
+        shapes[value.name] = tuple(d if isinstance(d, int) else 1 for d in value.shape)
     return shapes

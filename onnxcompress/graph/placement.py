@@ -122,7 +122,7 @@ def _spread(
             plan.kernels[node] = None
             if kernel.output != "either":
                 carried.update(kernel_outputs(node, target))
-        elif _moves(node, target, opset) and data_inputs(node)[0] in carried and wanted(node):
+        elif can_move(node, target, opset) and data_inputs(node)[0] in carried and wanted(node):
             plan.moves[node] = None
             carried.update(node.outputs)
     return carried
@@ -204,7 +204,8 @@ def _users(value: ir.Value) -> Iterator[ir.Node]:
     return (usage.node for usage in value.uses())
 
 
-def _moves(node: ir.Node, target: Target, opset: int) -> bool:
+def can_move(node: ir.Node, target: Target, opset: int) -> bool:
+    """Whether the target runs the node on integers whose values it only moves."""
     first = target.moves.get(node.op_type)
     if first is None or opset < first or node.domain not in DEFAULT_DOMAINS:
         return False

@@ -13,10 +13,18 @@ from rich.text import Text
 from onnxcompress.inspection import Inspection
 from onnxcompress.measure import Measurement
 from onnxcompress.observe.observations import Observations
-from onnxcompress.report.summary import clean
+from onnxcompress.outlook import Outlook, Runs
+from onnxcompress.report.summary import clean, percent, shorten
 from onnxcompress.report.summary import size as format_size
 
 _MOST_OPERATORS = 12
+_FATES = {
+    Runs.INTEGERS: "integers",
+    Runs.MOVED: "integers, moved",
+    Runs.ABSORBED: "the kernel before",
+    Runs.WEIGHTS: "integer weights",
+    Runs.FLOAT: "float",
+}
 
 
 def show_bench(models: Sequence[Measurement], console: Console) -> None:
@@ -48,6 +56,9 @@ def show_inspection(found: Inspection, console: Console) -> None:
         "operators": _joined(found.operators),
         "nodes folded": f"{found.folded} by the exact rewrites",
         f"integers on {found.target}": _joined(found.integer) or "nothing",
+        "of the arithmetic": "unknown: the graph does not state all shapes"
+        if found.integer_share is None
+        else f"{percent(found.integer_share)}, with named dimensions as 1",
     }
     table = Table(box=None, show_header=False)
     table.add_column(style="dim")
@@ -55,12 +66,31 @@ def show_inspection(found: Inspection, console: Console) -> None:
     for name, fact in facts.items():
         table.add_row(Text(name), Text(fact))
     console.print(table)
-    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for skip in found.skips:
-        reasons[skip.op, skip.reason].append(skip.node)
-    for (op, reason), nodes in reasons.items():
-        line = f"stays in float: {len(nodes)} {clean(op)}, {clean(reason)} (such as {nodes[0]!r})"
-        console.print(Text(line))
+    console.print(_by_operator(found))
+
+
+def _by_operator(found: Inspection) -> Table:
+    """A line an operator and fate: how many nodes, their part of the arithmetic, and why."""
+    table = Table(box=None, header_style="dim")
+    for column in ("operator", "runs on", "nodes", "MACs"):
+        table.add_column(column, justify="left" if column in ("operator", "runs on") else "right")
+    table.add_column("why not on integers", overflow="fold")
+    groups: dict[tuple[str, str, str], list[Outlook]] = defaultdict(list)
+    for node in found.nodes:
+        groups[node.op, _FATES[node.runs], node.reason].append(node)
+    total = sum(node.macs or 0 for node in found.nodes)
+    ranked = sorted(groups.items(), key=lambda item: -sum(n.macs or 0 for n in item[1]))
+    for (op, fate, reason), nodes in ranked:
+        share = "?" if any(n.macs is None for n in nodes) else _share(nodes, total)
+        example = f" (such as {shorten(clean(nodes[0].node), 32)!r})" if reason else ""
+        row = (clean(op), fate, str(len(nodes)), share, clean(reason) + example)
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _share(nodes: Sequence[Outlook], total: int) -> str:
+    macs = sum(n.macs or 0 for n in nodes)
+    return percent(macs / total) if macs else ""
 
 
 def show_observations(name: str, found: Observations, console: Console) -> None:
