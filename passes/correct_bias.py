@@ -129,10 +129,15 @@ def _with_bias(graph: ir.Graph) -> tuple[list[QuantizedKernel], list[Skip]]:
 
 
 def _pairs(kernel: QuantizedKernel) -> list[tuple[Want, Want]]:
-    """Means of the data before and after rounding; none where moves lie between."""
+    """Means of the data before and after rounding.
+
+    None where moves lie between, or the border of a body, which not every run crosses.
+    """
     quantizer, floats = kernel.data.producer(), kernel.node.inputs[0]
     assert floats is not None
     if quantizer is None or quantizer.op_type != "QuantizeLinear" or quantizer.inputs[0] is None:
+        return []
+    if quantizer.graph is not floats.graph:
         return []
     axis = operator(kernel.node).channel_axis
     names = quantizer.inputs[0].name or "", floats.name or ""
