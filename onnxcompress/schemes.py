@@ -13,14 +13,17 @@ from onnxcompress.passes.fuse_gemm import FuseGemm
 from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
+from onnxcompress.passes.quantize_weights import QuantizeWeights
 from onnxcompress.passes.raise_opset import RaiseOpset
 from onnxcompress.passes.remove_unused import RemoveUnused
 from onnxcompress.passes.round_second_order import RoundSecondOrder
+from onnxcompress.passes.shield_floats import ShieldFloats
 from onnxcompress.passes.split_transposed import SplitTransposed
 from onnxcompress.passes.write_as_add import WriteAsAdd
 
 Effort = Literal["fast", "thorough"]
 _WITHOUT_PAIRS = ("LSTM", "Gather")
+_BLOCKS_OPSET = 21  # DequantizeLinear with a block_size
 
 
 def exact() -> tuple[Pass, ...]:
@@ -58,6 +61,7 @@ def static(target: str = "cpu", effort: Effort = "fast", **options: Any) -> tupl
         *((Equalize(),) if thorough else ()),
         InsertQdq(target=target, **options),
         *((RoundSecondOrder(target=target), CorrectBias(target=target)) if thorough else ()),
+        ShieldFloats(),
         without_pairs(target),
         RemoveUnused(),
     )
@@ -73,3 +77,10 @@ def dynamic(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
     opset = RaiseOpset(minimum=targets.load(target).opset)
     quantize = QuantizeDynamic(target=target, **options)
     return (*exact(), opset, InferShapes(), quantize, RemoveUnused())
+
+
+def weights(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
+    """Weights in few bits, arithmetic in float; `options` are those of `QuantizeWeights`."""
+    opset = RaiseOpset(minimum=max(_BLOCKS_OPSET, targets.load(target).opset))
+    quantize = QuantizeWeights(target=target, **options)
+    return (*exact(), opset, SplitTransposed(), InferShapes(), quantize, RemoveUnused())

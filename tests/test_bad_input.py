@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import parser
 
-from onnxcompress import job
+from onnxcompress import budget, variants
 from onnxcompress.cli import main
 from onnxcompress.gates import Gate
 from onnxcompress.measure import Measurement
@@ -48,9 +48,9 @@ ON_DATA = {
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to run in, with good files, bad ones, and earlier outputs; measuring is brief."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job, "_LATENCY_SECONDS", 0.05)
+    monkeypatch.setattr(variants, "_LATENCY_SECONDS", 0.05)
     alone = Measurement(path="m.onnx", size=1, p50_ms=1, p90_ms=1, runs=1, peak_memory=1)
-    monkeypatch.setattr(job, "measure", lambda *args, **kwargs: alone)  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr(variants, "measure", lambda *args, **kwargs: alone)  # pyright: ignore[reportUnknownLambdaType]
     for name, text in (("m", PRODUCT), ("custom", CUSTOM), ("unknown", UNKNOWN), ("waves", WAVES)):
         onnx.save(parser.parse_model(text), f"{name}.onnx")
     Path("out.onnx").write_bytes(b"earlier")
@@ -278,7 +278,7 @@ def test_a_model_with_nothing_to_quantize_succeeds():
 
 
 def test_a_model_that_nothing_improves_is_written_as_it_came(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(job, "DEFAULT_GATES", (Gate("size_ratio", "<=", 0.0),))
+    monkeypatch.setattr(budget, "DEFAULT_GATES", (Gate("size_ratio", "<=", 0.0),))
     result = run("compress", "waves.onnx", "-o", "out.onnx", "--calibrate", "good.npz")
     assert result.exit_code == 0 and "the output is the model as it came" in result.stderr
     assert [n.op_type for n in onnx.load("out.onnx").graph.node] == ["Sin", "Cos"]

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from onnx import parser
 
 import onnxcompress
-from onnxcompress import api, job
+from onnxcompress import api, budget, variants
 from onnxcompress.cli import main
 from onnxcompress.data.images import Images
 from onnxcompress.errors import InputError
@@ -39,9 +39,9 @@ VERBS = sorted(main.commands)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder to run in, with a model of two products and its data; measuring is brief."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job, "_LATENCY_SECONDS", 0.05)
+    monkeypatch.setattr(variants, "_LATENCY_SECONDS", 0.05)
     alone = Measurement(path="m.onnx", size=1, p50_ms=1, p90_ms=1, runs=1, peak_memory=1)
-    monkeypatch.setattr(job, "measure", lambda *args, **kwargs: alone)  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr(variants, "measure", lambda *args, **kwargs: alone)  # pyright: ignore[reportUnknownLambdaType]
     model = parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
         g (float[N, 16] x) => (float[N, 16] y) {
             a = MatMul(x, w)  b = Relu(a)  y = MatMul(b, w)
@@ -112,7 +112,7 @@ def test_the_list_of_verbs_is_not_cut_short():
 
 def test_help_states_the_defaults():
     compress = help_of("compress")
-    for gate in (*job.DEFAULT_GATES, job.DEFAULT_DROP):
+    for gate in (*budget.DEFAULT_GATES, budget.DEFAULT_DROP):
         assert str(gate) in compress
     assert f"[default: {api.SAMPLES};" in compress
     quantize, prune = help_of("quantize"), help_of("prune")
@@ -210,7 +210,7 @@ def test_an_audit_that_cannot_be_made_is_a_warning(monkeypatch: pytest.MonkeyPat
     def refuse(*_: object) -> None:
         raise InputError("no room")
 
-    monkeypatch.setattr(job, "audit", refuse)
+    monkeypatch.setattr(variants, "audit", refuse)
     found = run("validate", "m.onnx", "m.onnx", "--json")
     assert found.exit_code == 0 and json.loads(found.stdout)["audit"] is None
     assert json.loads(found.stdout)["warnings"][0].endswith("cannot be told: no room")
@@ -227,6 +227,31 @@ def test_dynamic_quantization_takes_its_options():
     options = ("--scheme", "dynamic", "--exclude", "MatMul")
     assert run("quantize", "m.onnx", "-o", "out.onnx", *options).exit_code == 0
     assert [n.op_type for n in onnx.load("out.onnx").graph.node] == ["MatMul", "Relu", "MatMul"]
+
+
+def test_weights_alone_take_their_options():
+    model = parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 64] x) => (float[N, 64] y) { y = MatMul(x, w) }""")
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(model, "w.onnx")
+    options = ("--scheme", "weights", "--bits", "8", "--block-size", "16")
+    assert run("quantize", "w.onnx", "-o", "out.onnx", *options).exit_code == 0
+    (node,) = onnx.load("out.onnx").graph.node
+    found = {a.name: a.i for a in node.attribute}
+    assert node.op_type == "MatMulNBits" and (found["bits"], found["block_size"]) == (8, 16)
+    done = run("compress", "w.onnx", "-o", "small.onnx", *options, "--gate", "size_ratio <= 0.5")
+    assert done.exit_code == 0 and onnx.load("small.onnx").graph.node[0].op_type == "MatMulNBits"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "option"),
+    [("dynamic", "--bits=8"), ("static", "--block-size=16"), ("weights", "--per-tensor")],
+)
+def test_an_option_of_another_scheme_is_refused(scheme: str, option: str):
+    done = run("quantize", "m.onnx", "-o", "out.onnx", "--scheme", scheme, option)
+    assert done.exit_code == 2 and "belongs to" in done.output
+    assert not Path("out.onnx").exists()
 
 
 def terminal(*arguments: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from onnxcompress import job
+from onnxcompress import budget, variants
 from onnxcompress.cli import main
 from onnxcompress.measure import Measurement
 
@@ -24,10 +24,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with the checkout's models, as a reader has it; measuring is brief."""
     monkeypatch.chdir(tmp_path)
     Path("models").symlink_to(ROOT / "models")
-    monkeypatch.setattr(job, "_LATENCY_SECONDS", 0.1)
+    monkeypatch.setattr(variants, "_LATENCY_SECONDS", 0.1)
     alone = Measurement(path="m.onnx", size=1, p50_ms=1, p90_ms=1, runs=1, peak_memory=1)
-    monkeypatch.setattr(job, "measure", lambda *args, **kwargs: alone)  # pyright: ignore[reportUnknownLambdaType]
-    monkeypatch.setattr(job, "DEFAULT_GATES", ())  # a busy machine's timing is not the document's
+    monkeypatch.setattr(variants, "measure", lambda *args, **kwargs: alone)  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr(budget, "DEFAULT_GATES", ())  # a busy machine's timing is not the document's
 
 
 def run_shell(script: str) -> None:

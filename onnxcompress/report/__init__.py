@@ -21,6 +21,7 @@ import numpy as np
 
 from onnxcompress.measure import Measurement
 from onnxcompress.measure.latency import Latency
+from onnxcompress.mixed import Mixed
 from onnxcompress.model_io import size_on_disk
 from onnxcompress.pipeline import Record
 from onnxcompress.report.gating import MEASURED, GateResult, check
@@ -102,6 +103,8 @@ class Report:
     validation: Validation | None = None
     audit: Audit | None = None
     """How much of the result's arithmetic runs on integers; None where that cannot be told."""
+    mixed: Mixed | None = None
+    """How layers were chosen to go back to float, where a budget asked for it."""
     gates: tuple[GateResult, ...] = ()
     notes: tuple[str, ...] = ()
     """What a reader should know that is no warning: how data was split or converted."""

@@ -40,7 +40,7 @@ def check(gates: Iterable[Gate], report: Report) -> tuple[GateResult, ...]:
 def _check(gate: Gate, report: Report) -> GateResult:
     figure = READERS[gate.metric](report)
     failures = report.validation.failures if report.validation else ()
-    if gate.metric in _QUALITY and failures:
+    if gate.metric in QUALITY and failures:
         return GateResult(gate=gate, figure=figure, passed=False, reason=failures[0])
     if figure is None:
         reason = f"{gate.metric} was not measured: {_LACKING.get(gate.metric, _NO_DATA)}"
@@ -117,7 +117,7 @@ READERS: Mapping[str, Reader] = {
 MEASURED = frozenset({"latency_ratio", "memory_ratio"})
 """Metrics of a clock or a process: other figures are the same for the same inputs."""
 
-_QUALITY = set(READERS) - MEASURED - {"integer_share", "size_ratio"}
+QUALITY = set(READERS) - MEASURED - {"integer_share", "size_ratio"}
 _NO_DATA = "the model was not validated on data, or no output has this figure"
 _LACKING = {
     "top1_agreement": "no output looks like class scores, or there was no data",

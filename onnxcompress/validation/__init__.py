@@ -87,6 +87,7 @@ def compare(
     names: Mapping[str, str] | None = None,
     threads: int = 0,
     as_written: bool = False,
+    expected: Iterable[Mapping[str, Array]] | None = None,
 ) -> Validation:
     """Compare `candidate` with `original` on every feed of `data`, which is read once.
 
@@ -105,6 +106,7 @@ def compare(
         threads: threads of one operator; 0 leaves the choice to ONNX Runtime.
         as_written: run the candidate's graph operator by operator, as a runtime without this
             machine's integer kernels (whose sums may saturate) would.
+        expected: the original's outputs for each feed, where it was run before.
 
     Raises:
         InputError: if the interfaces differ, a model or feed does not run, there is no feed, or
@@ -116,20 +118,15 @@ def compare(
     outputs = {v.name or "": _Output(v, targets, top_k) for v in a.graph.outputs}
     warnings: list[str] = []
     taps = _taps(a, b, names or {}, threads, warnings) if layers else None
-    run_a = Session(
-        Path(original) if isinstance(original, str) else original, threads=threads, spinning=False
-    )
-    run_b = Session(
-        Path(candidate) if isinstance(candidate, str) else candidate,
-        optimization="none" if as_written else "all",
-        threads=threads,
-        spinning=False,
-    )
+    run_a = None if expected is not None else _session(original, threads)
+    run_b = _session(candidate, threads, as_written=as_written)
+    recorded = iter(expected or ())
     feeds = 0
     for feed in data:
-        expected, found = run_a.run(feed), run_b.run(feed)
+        exact = next(recorded) if run_a is None else run_a.run(feed)
+        found = run_b.run(feed)
         for name, output in outputs.items():
-            output.update(expected[name], found[name])
+            output.update(exact[name], found[name])
         if taps and feeds < layer_feeds:
             taps.update(feed)
             for output in outputs.values():
@@ -308,6 +305,15 @@ def _incomparable(array: object) -> str:
 
 def _load(model: ir.Model | Path | str) -> ir.Model:
     return model if isinstance(model, ir.Model) else load(Path(model))
+
+
+def _session(model: ir.Model | Path | str, threads: int, *, as_written: bool = False) -> Session:
+    return Session(
+        Path(model) if isinstance(model, str) else model,
+        optimization="none" if as_written else "all",
+        threads=threads,
+        spinning=False,
+    )
 
 
 def _describe(value: ir.Value | None) -> str:

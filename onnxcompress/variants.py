@@ -1,0 +1,226 @@
+"""A variant of a model: how it was made, what was measured of it, and why it is kept or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.contract import Array
+from onnxcompress.data import Data
+from onnxcompress.errors import InputError
+from onnxcompress.gates import Gate
+from onnxcompress.measure import Measurement, measure, random_feed
+from onnxcompress.measure.latency import paired_latency
+from onnxcompress.mixed import Verdict
+from onnxcompress.model_io import load
+from onnxcompress.observe import Progress
+from onnxcompress.pipeline import Outcome
+from onnxcompress.report import Measured, ModelFile, Report, check
+from onnxcompress.report.gating import QUALITY, READERS
+from onnxcompress.session import Feed, Session
+from onnxcompress.validation import Validation, compare
+from onnxcompress.validation.audit import Audit, audit
+
+Stage = Callable[[str], Progress]
+"""Told the name of each stage; gives back what is told of the stage's progress."""
+
+ALIKE: Final = 1.03
+"""Two runs of one model differ by as much."""
+
+_LATENCY_SECONDS: Final = 4.0
+_MADE_UP: Final = 8
+_MOST_RECORDED: Final = 1 << 28
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """What one way of compressing made, and the report of it beside the original."""
+
+    scheme: str
+    outcome: Outcome
+    report: Report
+
+    @property
+    def refusal(self) -> str:
+        """The first gate that it misses, as a sentence; empty where it misses none."""
+        return next((gate.reason for gate in self.report.gates if not gate.passed), "")
+
+    @property
+    def misses_quality(self) -> bool:
+        """Whether a gate that it misses bounds what it computes, not what that costs."""
+        return any(not g.passed and g.gate.metric in QUALITY for g in self.report.gates)
+
+    @property
+    def latency(self) -> float:
+        """Over the original's."""
+        latency = self.report.measured.latency
+        return latency.ratio if latency else 1.0
+
+    @property
+    def size(self) -> float:
+        """Bytes over the original's."""
+        assert self.report.result
+        return self.report.result.size / self.report.source.size
+
+    @property
+    def sqnr(self) -> float:
+        """Of the worst output, in dB."""
+        return _sqnr(self.report.validation)
+
+
+Outputs = Sequence[Mapping[str, Array]]
+
+
+def record(source: Path, evaluation: Iterable[Feed]) -> Outputs | None:
+    """The original's outputs on every feed; None where they are too much to keep."""
+    session = Session(source, spinning=False)
+    outputs: list[Mapping[str, Array]] = []
+    size = 0
+    for feed in evaluation:
+        outputs.append(session.run(feed))
+        size += sum(getattr(array, "nbytes", 0) for array in outputs[-1].values())
+        if size > _MOST_RECORDED:
+            return None
+    return outputs
+
+
+def judge(
+    source: Path,
+    model: ir.Model,
+    evaluation: Data | Sequence[Feed],
+    gates: Iterable[Gate],
+    expected: Outputs | None,
+) -> Verdict:
+    """Hold a candidate against the gates on quality alone, without timing it.
+
+    Args:
+        expected: what `record` gave for the original.
+
+    Raises:
+        InputError: if it does not run.
+    """
+    labels = evaluation.labels if isinstance(evaluation, Data) else None
+    validation = compare(source, model, evaluation, labels=labels, layers=False, expected=expected)
+    report = Report(verb="compress", source=ModelFile.of(source), validation=validation)
+    held = check((gate for gate in gates if gate.metric in QUALITY), report)
+    return Verdict(
+        passed=all(gate.passed for gate in held),
+        sqnr=_sqnr(validation),
+        loss=_loss(report),
+    )
+
+
+def set_beside(
+    original: Path,
+    candidate: Path,
+    evaluation: Data | Sequence[Feed],
+    *,
+    threads: int,
+    stage: Stage,
+    source: Measurement | None = None,
+) -> Report:
+    """Quality, size, latency and memory; `source` is the original by itself, if measured before."""
+    begin = time.perf_counter()
+    feeds = _watched(evaluation, len(evaluation), stage("comparing"))
+    labels = evaluation.labels if isinstance(evaluation, Data) else None
+    validation = compare(original, candidate, feeds, labels=labels)
+    middle = time.perf_counter()
+    stage("timing")(0, None)
+    feed = next(iter(evaluation))
+    latency = paired_latency(original, candidate, feed, threads=threads, seconds=_LATENCY_SECONDS)
+    end = time.perf_counter()
+    seconds = {"validate": middle - begin, "latency": end - middle}
+    audited, warnings = _audited(candidate, feed)
+    seconds["audit"] = time.perf_counter() - end
+    source = source or _alone(original, feed, threads)
+    result = _alone(candidate, feed, threads)
+    return Report(
+        verb="validate",
+        source=ModelFile.of(original),
+        result=ModelFile.of(candidate),
+        validation=validation,
+        audit=audited,
+        warnings=warnings,
+        measured=Measured(latency=latency, source=source, result=result, seconds=seconds),
+    )
+
+
+def _audited(path: Path, feed: Feed) -> tuple[Audit | None, tuple[str, ...]]:
+    """What runs on integers, or the warning that it cannot be told."""
+    try:
+        return audit(load(path), feed), ()
+    except InputError as error:
+        return None, (f"how much of {path.name} runs on integers cannot be told: {error}",)
+
+
+def because(variant: Variant, best: Variant | None) -> str:
+    """The variant's figures, and why it was kept or not, in one line."""
+    quality = "exact" if variant.sqnr == float("inf") else f"SQNR {variant.sqnr:.1f} dB"
+    figures = f"{variant.size:.2f}x the size, {variant.latency:.2f}x the latency, {quality}"
+    if variant.refusal:
+        return f"{figures}; {variant.refusal}"
+    if best is None or variant is best:
+        return f"{figures}; passes all gates"
+    smaller, faster = best.size * ALIKE < variant.size, best.latency * ALIKE < variant.latency
+    words = [w for w, true in (("smaller", smaller), ("faster", faster)) if true]
+    return f"{figures}; {best.scheme} is {' and '.join(words) or 'as small and fast, and no worse'}"
+
+
+def names_classes(evaluation: Data | Sequence[Feed]) -> bool:
+    """Whether there are labels and they are whole numbers, so that accuracy can be told."""
+    labels = evaluation.labels if isinstance(evaluation, Data) else None
+    return labels is not None and bool((labels == np.rint(labels)).all())
+
+
+def left_out(data: Data, samples: int) -> tuple[str, ...]:
+    """A note where there are more feeds than `samples`."""
+    if data.size is None or data.size <= samples:
+        return ()
+    return (f"compared on the first {samples} of {data.size} feeds, as many as samples says",)
+
+
+def _sqnr(validation: Validation | None) -> float:
+    outputs = validation.outputs if validation else ()
+    return min((o.sqnr for o in outputs if o.sqnr is not None), default=float("inf"))
+
+
+def _loss(report: Report) -> float | None:
+    """Accuracy that is lost; without labels the share of decisions that differ."""
+    drop, agreement = READERS["accuracy_drop"](report), READERS["top1_agreement"](report)
+    return drop if drop is not None or agreement is None else 1 - agreement
+
+
+def _alone(path: Path, feed: Feed, threads: int) -> Measurement:
+    found = measure(path, feed, threads=threads, seconds=0.0)
+    return dataclasses.replace(found, path=path.name)  # the folder is nobody's business
+
+
+def made_up(model: ir.Model) -> list[Feed]:
+    """Inputs to compare on where there are no data."""
+    return [random_feed(model, seed=seed) for seed in range(_MADE_UP)]
+
+
+def silent(name: str) -> Progress:
+    """A `Stage` that tells nobody."""
+    return lambda done, total: None
+
+
+def _watched(data: Iterable[Feed], total: int | None, progress: Progress) -> Iterator[Feed]:
+    for done, feed in enumerate(data):
+        progress(done, total)
+        yield feed
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a result depends on."""
+    packages = ("onnxcompress", "onnxruntime", "onnx", "onnx-ir", "onnxscript", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
