@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Final
 
 import onnx_ir as ir
 
@@ -11,34 +11,29 @@ from onnxcompress.numerics.affine import Affine, affine
 from onnxcompress.operators import data_inputs
 from onnxcompress.targets import Target
 
+_FARTHEST: Final = 4.0
+"""How much coarser than its own a scale may be: two of its bits are lost then."""
+
 
 def tie(plan: Placement, target: Target, parameters: dict[ir.Value, Affine]) -> None:
     """Give values that are tied to each other one scale and zero_point, in place.
 
-    It covers the ranges of all that tied kernels do not make themselves: what they make is what
-    they read, moved. A value whose scale the target fixes keeps it.
+    An operator that moves one value gives out the scale that it takes. One that joins several has
+    them covered by one scale, unless that is more than `_FARTHEST` times the finest: it then costs
+    a rescaling where it would cost accuracy. A value whose scale the target fixes keeps it.
     """
-    made = {v for node in _tied(plan, target) for v in kernel_outputs(node, target)}
-    for group in _groups(plan, target):
-        sources = [parameters[v] for v in group if v not in made]
-        shared = sources[0] if len(set(map(_range, sources))) == 1 else _cover(sources, target)
-        parameters.update((v, shared) for v in group if not _is_fixed(v, target))
-
-
-def _groups(plan: Placement, target: Target) -> list[list[ir.Value]]:
-    """The values with a pair that tied kernels connect, in graph order."""
     member: dict[ir.Value, list[ir.Value]] = {}
-    for node in _tied(plan, target):
-        values = [plan.root(v) for v in data_inputs(node)] + kernel_outputs(node, target)
-        found = [member.get(v, [v]) for v in dict.fromkeys(values) if v in plan.roots]
-        group = list(dict.fromkeys(v for part in found for v in part))
+    tied = [node for node in plan.kernels if target.kernels[node.op_type].tied]
+    for node in sorted(tied, key=lambda node: len(data_inputs(node)) > 1):
+        roots = (plan.root(value) for value in data_inputs(node))
+        read = [value for value in dict.fromkeys(roots) if value in plan.roots]
+        shared = _cover([parameters[value] for value in read], target)
+        if shared is None:
+            continue
+        values = (*read, *(v for v in kernel_outputs(node, target) if v in plan.roots))
+        group = list(dict.fromkeys(v for value in values for v in member.get(value, [value])))
         member.update(dict.fromkeys(group, group))
-    distinct = {id(group): group for group in member.values()}
-    return list(distinct.values())
-
-
-def _tied(plan: Placement, target: Target) -> Iterator[ir.Node]:
-    return (node for node in plan.kernels if target.kernels[node.op_type].tied)
+        parameters.update((v, shared) for v in group if not _is_fixed(v, target))
 
 
 def _is_fixed(value: ir.Value, target: Target) -> bool:
@@ -47,10 +42,16 @@ def _is_fixed(value: ir.Value, target: Target) -> bool:
     return kernel is not None and kernel.fixed is not None
 
 
-def _cover(sources: list[Affine], target: Target) -> Affine:
-    lows, highs = zip(*map(_range, sources), strict=True)
+def _cover(sources: list[Affine], target: Target) -> Affine | None:
+    """Parameters for all of `sources`; None where there are none, or they are too far apart."""
+    ranges = {_range(source) for source in sources}
+    if len(ranges) <= 1:
+        return sources[0] if sources else None
+    lows, highs = zip(*ranges, strict=True)
     scheme = target.activations
-    return affine(min(lows), max(highs), scheme.dtype, symmetric=scheme.symmetric)
+    shared = affine(min(lows), max(highs), scheme.dtype, symmetric=scheme.symmetric)
+    finest = min(float(source.scale) for source in sources)
+    return shared if float(shared.scale) <= _FARTHEST * finest else None
 
 
 def _range(parameters: Affine) -> tuple[float, float]:
