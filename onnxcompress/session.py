@@ -12,12 +12,13 @@ import ctypes
 import math
 import re
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 
@@ -38,6 +39,8 @@ _LEVELS: dict[Optimization, Any] = {
 # Below this an initializer stays in the protobuf: shape inference and fusions read its value.
 _SHARED_BYTES = 1024
 _LOCATION = "weights"
+# The most channels that a block of ONNX Runtime's own layout holds on any machine.
+_BLOCK = 16
 _PROVIDERS = ["CPUExecutionProvider"]
 _FATAL, _WARNING = 4, 2
 _EXPORT_AGAIN = "export it again in a form that this version runs"
@@ -57,6 +60,8 @@ class Session:
         spinning: let idle threads wait busily; turn it off where other threads need the cores.
         frugal: for many outputs at once: give each value its own memory for as long as it is
             needed instead of planning one block for all, and give back what lies freed in the heap.
+        unordered: outputs whose elements may come in any order, which saves a copy of those that
+            kernels keep in a layout of their own.
         verbose: show ONNX Runtime's own warnings.
 
     Raises:
@@ -73,42 +78,50 @@ class Session:
         prepack: bool = True,
         spinning: bool = True,
         frugal: bool = False,
+        unordered: Collection[str] = (),
         verbose: bool = False,
     ) -> None:
+        title = str(model) if isinstance(model, Path) else repr(model.graph.name or "model")
         options = _options(optimization, verbose)
         options.intra_op_num_threads = threads
         options.enable_mem_pattern = not frugal
         options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-        self._title = str(model) if isinstance(model, Path) else repr(model.graph.name or "model")
+        self._title = title
         if frugal:
             _trim()
-        self._session, self._lent = _start(model, outputs, options, self._title)
+        if unordered and optimization == "all":
+            self._session = _start_unordered(model, outputs, unordered, options, title)
+            self._lent = list[Any]()
+        else:
+            self._session, self._lent = _start(model, outputs, options, title)
         if frugal:
             _trim()
         self._run_options = ort.RunOptions()
         self._run_options.log_severity_level = options.log_severity_level
         ports = (*self._session.get_inputs(), *self._session.get_outputs())
-        self._foreign = any(port.type in _FOREIGN for port in ports)
+        kinds = {port.type for port in ports}
         found = self._session.get_outputs()
         self._lists = [port.name for port in found if port.type.startswith("seq")]
+        arrays_only = all(k.startswith("tensor(") and k != "tensor(string)" for k in kinds)
+        self._as_values = arrays_only or not kinds.isdisjoint(_FOREIGN)
         self.inputs: tuple[str, ...] = tuple(v.name for v in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(v.name for v in self._session.get_outputs())
 
     def run(self, feed: Feed) -> dict[str, Array]:
-        """The outputs by name for one feed (arrays by input name); the arrays are the caller's.
+        """The outputs by name for one feed (arrays by input name), for reading only: no copies.
 
         Raises:
             InputError: if the feed does not fit the model or an operator fails on it.
         """
         with _one_sentence(f"cannot run {self._title}", "give data that suits the model"):
-            if self._foreign:
-                found = self._run_foreign(feed)
+            if self._as_values:
+                found = self._run_values(feed)
                 return {name: found[name] for name in self.outputs}
             arrays = self._session.run(self.outputs, dict(feed), self._run_options)
         return dict(zip(self.outputs, arrays, strict=True))
 
-    def _run_foreign(self, feed: Feed) -> dict[str, Array]:
+    def _run_values(self, feed: Feed) -> dict[str, Array]:
         """Lists need a run of their own: they come as arrays only, foreign tensors never do."""
         values = {name: _to_ort(array) for name, array in feed.items()}
         found: dict[str, Array] = {}
@@ -129,17 +142,83 @@ def optimized_model(model: ir.Model | Path, *, optimization: Optimization = "all
     Raises:
         InputError: if ONNX Runtime refuses the model.
     """
-    options = _options(optimization, verbose=False)
     title = str(model) if isinstance(model, Path) else repr(model.graph.name or "model")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
-        options.optimized_model_filepath = str(path)
-        for key, value in (("file_name", _LOCATION), ("min_size_in_bytes", str(_SHARED_BYTES))):
-            options.add_session_config_entry(
-                f"session.optimized_model_external_initializers_{key}", value
-            )
-        _start(model, None, options, title)
+        path = _optimize(model, None, optimization, title, Path(folder))
         return ir.load(path)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _optimize(
+    model: ir.Model | Path,
+    outputs: Sequence[str] | None,
+    optimization: Optimization,
+    title: str,
+    folder: Path,
+) -> Path:
+    """Write what ONNX Runtime makes of `model` to `folder`, large weights to a file beside it."""
+    options = _options(optimization, verbose=False)
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    path = folder / "optimized.onnx"
+    options.optimized_model_filepath = str(path)
+    for key, value in (("file_name", _LOCATION), ("min_size_in_bytes", str(_SHARED_BYTES))):
+        options.add_session_config_entry(
+            f"session.optimized_model_external_initializers_{key}", value
+        )
+    _start(model, outputs, options, title)
+    return path
+
+
+def _start_unordered(
+    model: ir.Model | Path,
+    outputs: Sequence[str] | None,
+    unordered: Collection[str],
+    options: Any,
+    title: str,
+) -> Any:
+    """A session on `model` as optimized, that gives out `unordered` as its kernels leave them."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = _optimize(model, outputs, "all", title, Path(folder))
+        found = onnx.load_model(path, load_external_data=False)
+        _drop_reorders(found.graph, unordered)
+        options.graph_optimization_level = _LEVELS["none"]
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", folder
+        )
+        with _one_sentence(f"cannot load {title}", _EXPORT_AGAIN):
+            return ort.InferenceSession(found.SerializeToString(), options, _PROVIDERS)
+
+
+def _drop_reorders(graph: onnx.GraphProto, unordered: Collection[str]) -> None:
+    """Let the graph give out values of blocked channels where it unblocks them for its outputs.
+
+    Only where the channels fill the blocks, so that there are no other elements between them.
+    """
+    outputs = {value.name for value in graph.output}
+    reorders = {
+        node.input[0]: node
+        for node in graph.node
+        if node.op_type == "ReorderOutput"
+        and node.output[0] in outputs.intersection(unordered)
+        and next(a.i for a in node.attribute if a.name == "channels") % _BLOCK == 0
+    }
+    names = {node.output[0]: f"{node.output[0]}_reordered" for node in reorders.values()}
+    names |= {source: node.output[0] for source, node in reorders.items()}
+    used = {name for node in _all_nodes(graph) for name in node.input}
+    unused = {node.output[0] for node in reorders.values()} - used
+    kept = [node for node in graph.node if unused.isdisjoint(node.output)]
+    del graph.node[:]
+    graph.node.extend(kept)
+    for node in _all_nodes(graph):
+        for ports in (node.input, node.output):
+            ports[:] = [names.get(name, name) for name in ports]
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Generator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                yield from _all_nodes(body)
 
 
 def _options(optimization: Optimization, verbose: bool) -> Any:
@@ -227,7 +306,7 @@ _FOREIGN = {"tensor(bfloat16)"} | {
 
 
 def _to_ort(array: Any) -> Any:
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")
     if array.dtype.kind != "V":
         return ort.OrtValue.ortvalue_from_numpy(array)
     kind = int(ir.DataType.from_numpy(array.dtype))
@@ -235,8 +314,9 @@ def _to_ort(array: Any) -> Any:
 
 
 def _from_ort(value: Any) -> Any:
-    if not value.is_tensor() or value.data_type() not in _FOREIGN:
-        return value.numpy()
+    """The tensor as an array that shares its memory."""
+    if value.data_type() not in _FOREIGN:
+        return np.from_dlpack(value)
     dtype = ir.DataType(value.element_type()).numpy()
     shape: list[int] = value.shape()
     size = math.prod(shape) * dtype.itemsize

@@ -27,7 +27,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variants, "_LATENCY_SECONDS", 0.1)
     alone = Measurement(path="m.onnx", size=1, p50_ms=1, p90_ms=1, runs=1, peak_memory=1)
     monkeypatch.setattr(variants, "measure", lambda *args, **kwargs: alone)  # pyright: ignore[reportUnknownLambdaType]
-    monkeypatch.setattr(budget, "DEFAULT_GATES", ())  # a busy machine's timing is not the document's
+    monkeypatch.setattr(
+        budget, "DEFAULT_GATES", ()
+    )  # a busy machine's timing is not the document's
 
 
 def run_shell(script: str) -> None:

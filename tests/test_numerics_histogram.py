@@ -65,14 +65,28 @@ def test_a_builder_counts_small_arrays_whole(parts):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 300_000), st.integers(0, 2**32 - 1))
-def test_a_sample_has_the_weight_and_the_extremes_of_the_whole(size, seed):
+@given(st.integers(1, 300_000), st.sampled_from([1024, 3000, 8192]), st.integers(0, 2**32 - 1))
+def test_a_sample_has_the_weight_and_the_extremes_of_the_whole(size, sample, seed):
     a = np.random.default_rng(seed).standard_normal(size, dtype=np.float32)
-    builder = HistogramBuilder()
+    builder = HistogramBuilder(sample)
     builder.add(a)
     found = builder.build()
     assert (found.minimum, found.maximum) == (a.min(), a.max())
-    assert abs(found.total - size) < 16 * sampling_stride(size) + 16
+    assert abs(found.total - size) < 16 * sampling_stride(size, sample) + 16
+
+
+def test_what_reached_its_bounds_is_only_sampled():
+    rng = np.random.default_rng(0)
+    parts = [np.clip(rng.standard_normal(50_000), 0, 1).astype(np.float32) for _ in range(3)]
+    bounded, free = HistogramBuilder(1024, (0.0, 1.0)), HistogramBuilder(1024)
+    for part in parts:
+        bounded.add(part)
+        free.add(part)
+    assert same(bounded.build(), free.build())
+    assert (bounded.build().minimum, bounded.build().maximum) == (0, 1)
+    bad = np.full(50_000, np.nan, np.float32)
+    with pytest.raises(FloatingPointError):
+        bounded.add(bad)
 
 
 def test_large_arrays_are_sampled_alike_in_any_order():

@@ -21,7 +21,8 @@ Counts = npt.NDArray[np.int64]
 
 _NEGATIVE_ZERO = 0x8000
 _INFINITY = 0x7F800000
-_SAMPLE = 8192
+_NEGATIVE = 0x80000000
+_ENOUGH, _MOST, _LEAST = 1 << 18, 1 << 13, 1 << 10
 _RUN = 16
 _STAGE = 1 << 16
 
@@ -105,13 +106,20 @@ class RangeFreeHistogram:
 class HistogramBuilder:
     """Builds one histogram from many arrays; not for several threads at once.
 
-    The extremes are exact. An array of more than 16384 elements is sampled for the counts: every
-    k-th run of 16 elements (a cache line), weighted by k, with k coprime to the number of runs so
-    that no axis is favoured, and a start that some of the array's own bits choose, so that it
-    moves from array to array and yet does not depend on their order.
+    The extremes are exact. An array of twice `sample` elements or more is sampled for the counts:
+    every k-th run of 16 elements (a cache line), weighted by k, with k coprime to the number of
+    runs so that no axis is favoured, and a start that some of the array's own bits choose, so that
+    it moves from array to array and yet does not depend on their order.
+
+    Args:
+        sample: how many elements of an array to count at least.
+        bounds: what no element can lie beyond. Once both were met, only what is counted is read.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, sample: int = _MOST, bounds: tuple[float, float] = (-math.inf, math.inf)
+    ) -> None:
+        self._sample, self._bounds = sample, bounds
         self._buckets, self._counts = np.empty(0, np.uint16), np.empty(0, np.int64)
         self._minimum, self._maximum = math.inf, -math.inf
         self._stage = np.empty(0, np.uint16)
@@ -127,11 +135,13 @@ class HistogramBuilder:
         if not array.size:
             return
         flat = as_float32(array)
-        minimum, maximum = extremes(flat, self._minimum)
+        stride = sampling_stride(flat.size, self._sample)
+        counted = _sample(flat, stride)
+        met = self._minimum <= self._bounds[0] and self._maximum >= self._bounds[1]
+        minimum, maximum = extremes(counted if met else flat, self._minimum)
         self._minimum = min(self._minimum, minimum)
         self._maximum = max(self._maximum, maximum)
-        stride = sampling_stride(flat.size)
-        self._append(_sample(flat, stride), stride)
+        self._append(bucket_index(counted), stride)
 
     def build(self) -> RangeFreeHistogram:
         """The histogram of all that was added so far."""
@@ -167,7 +177,8 @@ def extremes(flat: npt.NDArray[np.float32], known_low: float = math.inf) -> tupl
     """Minimum and maximum; inf and -inf of nothing.
 
     The bits of floats, read as unsigned integers, rise from 0 to inf and NaN, then from -0 down to
-    -inf and NaN: their maximum alone tells most of it, in one sweep where nothing is negative.
+    -inf and NaN: their maximum is that of values without a sign, else the minimum. Read as signed
+    integers, those of values without a sign come last. Integers are compared faster than floats.
 
     Args:
         known_low: a minimum of no interest above this; where nothing is negative and it is not
@@ -179,16 +190,18 @@ def extremes(flat: npt.NDArray[np.float32], known_low: float = math.inf) -> tupl
     """
     if not flat.size:
         return math.inf, -math.inf
-    top = int(flat.view(np.uint32).max())
-    if top < _INFINITY:
-        minimum = 0.0 if known_low <= 0 else float(flat.min())
-        return minimum, float(np.uint32(top).view(np.float32))
-    # Adding zero makes -0 into 0, which numpy's minimum does not tell apart.
-    minimum, maximum = float(flat.min()) + 0.0, float(flat.max()) + 0.0
-    if math.isnan(minimum):
+    unsigned = int(flat.view(np.uint32).max())
+    signed = unsigned if unsigned < _NEGATIVE else int(flat.view(np.int32).max())
+    if max(signed, unsigned & ~_NEGATIVE) > _INFINITY:
         raise FloatingPointError("an element is NaN")
-    if math.isinf(minimum) or math.isinf(maximum):
+    if max(signed, unsigned & ~_NEGATIVE) == _INFINITY:
         raise Unobservable("an element is infinite")
+    # Adding zero makes -0 into 0.
+    if unsigned >= _NEGATIVE:
+        minimum = float(np.uint32(unsigned).view(np.float32)) + 0.0
+    else:
+        minimum = 0.0 if known_low <= 0 else float(flat.min())
+    maximum = float(np.int32(signed).view(np.float32)) if signed >= 0 else float(flat.max()) + 0.0
     return minimum, maximum
 
 
@@ -197,9 +210,18 @@ def bucket_index(flat: npt.NDArray[np.float32]) -> Buckets:
     return flat.astype("<f4", copy=False).view("<u2")[1::2]
 
 
-def sampling_stride(size: int) -> int:
-    """One in how many elements of an array of `size` is counted."""
-    stride = max(1, size // _SAMPLE)
+def sample_size(arrays: int | None) -> int:
+    """How many elements of each of so many arrays to count, for a quarter of a million in all.
+
+    Of as many independent elements no quantile is off by more than 0.3 % (the inequality of
+    Dvoretzky, Kiefer and Wolfowitz at 99 %), and the exact extremes stand beside them.
+    """
+    return _MOST if not arrays else min(max(_ENOUGH // arrays, _LEAST), _MOST)
+
+
+def sampling_stride(size: int, sample: int) -> int:
+    """One in how many elements of an array of `size` is counted where `sample` are to be."""
+    stride = max(1, size // sample)
     if stride == 1:
         return 1
     while math.gcd(stride, size // _RUN) > 1:
@@ -207,13 +229,12 @@ def sampling_stride(size: int) -> int:
     return stride
 
 
-def _sample(flat: npt.NDArray[np.float32], stride: int) -> Buckets:
-    indices = bucket_index(flat)
+def _sample(flat: npt.NDArray[np.float32], stride: int) -> npt.NDArray[np.float32]:
     if stride == 1:
-        return indices
+        return flat
     start = int(flat[:: flat.size // 16].view(np.uint32).sum(dtype=np.uint64)) % stride
     runs = flat.size // _RUN
-    return indices[: runs * _RUN].reshape(runs, _RUN)[start::stride].reshape(-1)
+    return flat[: runs * _RUN].reshape(runs, _RUN)[start::stride].reshape(-1)
 
 
 def _count(

@@ -1,11 +1,13 @@
 """Taps: runs a model over data and keeps, of the values wanted, small statistics that merge.
 
-Values become outputs of the session, those inside bodies by way of `graph.bodies`. Feeds run side by side, one core each,
-and each is observed by the thread that ran it, while its values are still in the cache.
+Values become outputs of the session, those inside bodies by way of `graph.bodies`. Feeds run side
+by side, one core each, and each is observed by the thread that ran it, while its values are still
+in the cache.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 from collections import defaultdict
@@ -31,9 +33,10 @@ from onnxcompress.contract import Array, Kind, Want
 from onnxcompress.errors import InputError
 from onnxcompress.graph.bodies import Exposed, expose, visits
 from onnxcompress.numerics.exact_sum import ExactSum
-from onnxcompress.numerics.histogram import HistogramBuilder, Unobservable
+from onnxcompress.numerics.histogram import HistogramBuilder, Unobservable, sample_size
 from onnxcompress.numerics.row_sample import RowSampleBuilder
 from onnxcompress.observe.observations import ChannelRange, Kept, Observations, merge_all
+from onnxcompress.operators import output_range
 from onnxcompress.session import Feed, Session
 
 __all__ = ["Observations", "Progress", "observe"]
@@ -41,12 +44,16 @@ __all__ = ["Observations", "Progress", "observe"]
 Progress = Callable[[int, int | None], None]
 """Called with the feeds done and how many there are, if that is known."""
 
+Bounds = Mapping[str, tuple[float, float]]
+"""What values cannot lie beyond, by name."""
+
 _T = TypeVar("_T")
 _NO_DATA = "there is no data to calibrate with: give at least one feed"
 _WORKERS = 8
 _LARGE = 1 << 26
 """Bytes of weights from which a copy of them in a blocked layout costs more than it saves."""
 _SHARD = 8
+_BOUNDLESS = (-math.inf, math.inf)
 _SHARDS_IN_FLIGHT = 32
 
 
@@ -78,7 +85,7 @@ def observe(
         InputError: if there are no feeds, a value is NaN, or the model does not run.
     """
     exposed = expose(model, [want.value for want in wants])
-    model, plan = exposed.model, _plan(exposed, wants)
+    model, plan = exposed.model, _plan(exposed, wants, total)
     progress = progress or _silent
     if executor is None:
         found = _observe_here(model, feeds, plan, total, progress)
@@ -97,18 +104,22 @@ class _Plan:
     """Initializers, and the reasons of what cannot be observed."""
     depths: Mapping[str, int]
     """For `visits`, of the values inside bodies."""
+    bounds: Bounds
+    sample: int
+    """How many elements of a large value a histogram counts."""
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(want.value for want in self.taps))
+    def shard(self) -> _Shard:
+        """Observers of all that runs give."""
+        return _Shard(self.inputs + self.taps, self.depths, self.bounds, self.sample)
 
 
-def _plan(exposed: Exposed, wants: Sequence[Want]) -> _Plan:
+def _plan(exposed: Exposed, wants: Sequence[Want], feeds: int | None) -> _Plan:
     graph = exposed.model.graph
     initializers = graph.initializers
     inputs = {v.name for v in graph.inputs} - set(initializers)
-    produced = {v.name for node in graph for v in node.outputs}
-    constants = _Shard([], {})
+    produced = {v.name: node for node in graph for v in node.outputs}
+    sample = sample_size(feeds)
+    constants = _Shard([], {}, {}, sample)
     fed: list[Want] = []
     taps: list[Want] = []
     for want in dict.fromkeys(wants):
@@ -127,14 +138,18 @@ def _plan(exposed: Exposed, wants: Sequence[Want]) -> _Plan:
         else:
             absent = "it is not a value of the model"
             constants.reasons[want] = exposed.reasons.get(want.value, absent)
-    return _Plan(tuple(fed), tuple(taps), constants.build(), exposed.depths)
+    ranges = {want.value: output_range(produced[want.value]) for want in taps}
+    bounds = {value: found for value, found in ranges.items() if found is not None}
+    return _Plan(tuple(fed), tuple(taps), constants.build(), exposed.depths, bounds, sample)
 
 
 class _Shard:
     """Observers that one thread at a time feeds."""
 
-    def __init__(self, wants: Iterable[Want], depths: Mapping[str, int]) -> None:
-        self._depths = depths
+    def __init__(
+        self, wants: Iterable[Want], depths: Mapping[str, int], bounds: Bounds, sample: int
+    ) -> None:
+        self._depths, self._bounds, self._sample = depths, bounds, sample
         self._by_value: defaultdict[str, list[Want]] = defaultdict(list)
         for want in wants:
             self._by_value[want.value].append(want)
@@ -164,7 +179,8 @@ class _Shard:
     def _observe(self, want: Want, array: Array) -> None:
         if want.kind is Kind.HISTOGRAM:
             if want not in self._kept:
-                self._kept[want] = HistogramBuilder()
+                bounds = self._bounds.get(want.value, _BOUNDLESS)
+                self._kept[want] = HistogramBuilder(self._sample, bounds)
             self._kept[want].add(array)
         elif want.patches is not None:
             if want not in self._kept:
@@ -206,8 +222,8 @@ def _observe_here(
 ) -> Observations:
     cores = _cores()
     workers = max(1, min(cores, _WORKERS, cores if total is None else total))
-    session = _session(model, plan.outputs, cores // workers)
-    shards = [_Shard(plan.inputs + plan.taps, plan.depths) for _ in range(workers)]
+    session = _session(model, plan.taps, cores // workers)
+    shards = [plan.shard() for _ in range(workers)]
     idle: queue.SimpleQueue[_Shard] = queue.SimpleQueue()
     for shard in shards:
         idle.put(shard)
@@ -270,22 +286,24 @@ def _shards(feeds: Iterable[Feed]) -> Generator[tuple[int, tuple[Feed, ...]]]:
 def _observe_shard(
     content: bytes, plan: _Plan, first: int, feeds: Sequence[Feed]
 ) -> tuple[int, Observations]:
-    session = _cached_session(content, plan.outputs)
-    shard = _Shard(plan.inputs + plan.taps, plan.depths)
+    session = _cached_session(content, plan.taps)
+    shard = plan.shard()
     for number, feed in enumerate(feeds, first):
         _run(session, number, feed, shard)
     return len(feeds), shard.build()
 
 
 @lru_cache(maxsize=1)
-def _cached_session(content: bytes, outputs: tuple[str, ...]) -> Session | None:
-    return _session(ir.from_proto(onnx.ModelProto.FromString(content)), outputs, threads=1)
+def _cached_session(content: bytes, taps: tuple[Want, ...]) -> Session | None:
+    return _session(ir.from_proto(onnx.ModelProto.FromString(content)), taps, threads=1)
 
 
-def _session(model: ir.Model, outputs: tuple[str, ...], threads: int) -> Session | None:
+def _session(model: ir.Model, taps: tuple[Want, ...], threads: int) -> Session | None:
     """None where only inputs are wanted, so that nothing has to run."""
-    if not outputs:
+    if not taps:
         return None
+    outputs = tuple(dict.fromkeys(want.value for want in taps))
+    ordered = {want.value for want in taps if want.kind is not Kind.HISTOGRAM}
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     return Session(
         model,
@@ -294,6 +312,7 @@ def _session(model: ir.Model, outputs: tuple[str, ...], threads: int) -> Session
         threads=threads,
         spinning=False,
         frugal=True,
+        unordered=set(outputs) - ordered,
     )
 
 
