@@ -143,6 +143,35 @@ TABLE: Final[dict[str, Operator]] = (
 
 UNKNOWN: Final = Operator(role=Role.OTHER, data=())
 
+WIDE: Final = frozenset(
+    (
+        *("Exp", "Log", "Pow", "Reciprocal", "Softplus", "LogSoftmax", "Sinh", "Cosh", "Tan"),
+        *("Acosh", "Atanh", "Sin", "Cos", "Mod", "CumSum", "CumProd", "Det", "DFT", "STFT"),
+        *("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceProd", "ReduceLogSum"),
+        *("ReduceLogSumExp", "LpNormalization", "LpPool", "GlobalLpPool", "LRN"),
+        *("MeanVarianceNormalization", "SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss"),
+        *("GridSample", "AffineGrid", "RoiAlign", "MaxRoiPool", "BitCast"),
+    )
+)
+"""Their results, inner sums, coordinates or bits need float32's range, precision or width.
+
+Normalization and Softmax are not among them: their kernels sum in float32 whatever they are given.
+"""
+
+ANY_FLOAT: Final = frozenset(("Cast", "Shape", "Size", "NonZero"))
+"""What they give does not depend on which type of float they read."""
+
+QUANTIZERS: Final = frozenset(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"))
+"""Where floats and integers meet: kernels between them fuse in float32 only."""
+
+HOMOGENEOUS: Final = frozenset(
+    (
+        *("Identity", "Dropout", "Relu", "LeakyRelu", "PRelu", "Abs", "Neg"),
+        *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"),
+    )
+)
+"""f(s·x) = s·f(x) for s > 0, each channel by itself; those of the pools lie on the second axis."""
+
 DEFAULT_DOMAINS: Final = frozenset({"", "ai.onnx"})
 
 

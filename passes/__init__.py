@@ -1,6 +1,7 @@
 """The passes, one graph rewrite a file, in the order in which a pipeline runs them."""
 
 from onnxcompress.contract import Pass
+from onnxcompress.passes.convert_float16 import ConvertFloat16
 from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.deduplicate_initializers import DeduplicateInitializers
 from onnxcompress.passes.equalize import Equalize
@@ -16,8 +17,10 @@ from onnxcompress.passes.quantize_weights import QuantizeWeights
 from onnxcompress.passes.raise_opset import RaiseOpset
 from onnxcompress.passes.remove_identity import RemoveIdentity
 from onnxcompress.passes.remove_unused import RemoveUnused
+from onnxcompress.passes.restore_float import RestoreFloat
 from onnxcompress.passes.round_second_order import RoundSecondOrder
 from onnxcompress.passes.settle_initializers import SettleInitializers
+from onnxcompress.passes.shield_floats import ShieldFloats
 from onnxcompress.passes.split_transposed import SplitTransposed
 from onnxcompress.passes.write_as_add import WriteAsAdd
 
@@ -45,6 +48,9 @@ ALL: tuple[type[Pass], ...] = (
     InsertQdq,
     RoundSecondOrder,
     CorrectBias,
+    RestoreFloat,
+    ShieldFloats,
     QuantizeDynamic,
     QuantizeWeights,
+    ConvertFloat16,
 )
