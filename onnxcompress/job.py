@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from onnxcompress import schemes
+from onnxcompress import schemes, targets
 from onnxcompress.api import SAMPLES, as_data, observer
 from onnxcompress.budget import Budget, largest_loss
 from onnxcompress.contract import Pass
@@ -24,7 +24,9 @@ from onnxcompress.model_io import check_writable, load, save
 from onnxcompress.pipeline import Outcome, run
 from onnxcompress.recipe import Recipe
 from onnxcompress.report import Attempt, Measured, ModelFile, Report, check
+from onnxcompress.report.gating import MEASURED
 from onnxcompress.session import Feed
+from onnxcompress.targets import Target
 from onnxcompress.variants import (
     ALIKE,
     Stage,
@@ -46,6 +48,10 @@ Passes = tuple[Pass, ...]
 _HELD_OUT: Final = 0.2
 _MADE_UP_NOTE: Final = "no data was given: models were compared on made-up inputs"
 _EXACT: Final = "exact rewrites only"
+_ELSEWHERE: Final = (
+    "this machine does not run {}: nothing was timed, latency and memory decide nothing, and "
+    "results were compared as they are written"
+)
 _AS_IT_CAME: Final = "no variant passed the gates: the output is the model as it came"
 
 
@@ -76,7 +82,8 @@ def compress(
     than the gates allow, layers go back to float until it does not (`mixed.mix`). Each variant is
     saved, run beside the original on held-out data, and timed in turns with it. Of those that pass
     all gates the one with the least product of latency and size is kept; among equals, the most
-    faithful. Where none passes the default gates, the model is written as it came.
+    faithful. Where none passes the default gates, the model is written as it came. For a target
+    that this machine does not run nothing is timed, and latency decides nothing.
 
     Args:
         calibrate: data that static quantization observes; without it only dynamic is tried.
@@ -218,10 +225,14 @@ class _Job:
         else:
             self.evaluation = held_out.first(self.samples)
             self.notes.extend(left_out(held_out, self.samples))
+        if not self.runtime.measurable:
+            self.notes.append(_ELSEWHERE.format(self.target))
         self.classes = names_classes(self.evaluation)
         self.by_default = not self.gates
         if self.by_default:
             self.gates = self.budget.default_gates(classes=self.classes)
+            if not self.runtime.measurable:
+                self.gates = tuple(g for g in self.gates if g.metric not in MEASURED)
         else:
             self.gates += self.budget.gates(classes=self.classes)
         self.original = ModelFile.of(self.source)
@@ -234,14 +245,17 @@ class _Job:
         blocks: Mapping[str, int],
     ) -> Iterator[tuple[str, Passes]]:
         """The variants to try, by name, the exact rewrites last."""
+        kernels = {"static": self.runtime.kernels, "dynamic": self.runtime.dynamic}
+        if recipe is None and not kernels.get(scheme, True):
+            raise InputError(f"target {self.target!r} has no kernels for the {scheme} scheme")
         if recipe is not None:
             yield "recipe", recipe.passes
-        elif scheme in ("auto", "static"):
+        elif scheme in ("auto", "static") and kernels["static"]:
             if self.calibration is not None:
                 yield "static", schemes.static(self.target, effort)
             elif scheme == "static":
                 raise InputError("the static scheme needs calibration data: give some")
-        if recipe is None and scheme in ("auto", "dynamic"):
+        if recipe is None and scheme in ("auto", "dynamic") and kernels["dynamic"]:
             yield "dynamic", schemes.dynamic(self.target)
         if recipe is None and scheme == "weights":
             yield "weights", schemes.weights(self.target, **blocks)
@@ -260,6 +274,10 @@ class _Job:
             if name == _EXACT or isinstance(error, DataError):
                 raise
             self.attempts.append(Attempt(scheme=name, kept=False, because=str(error)))
+
+    @property
+    def runtime(self) -> Target:
+        return targets.load(self.target)
 
     def check_budget(self) -> None:
         """See that the budget bounds something that this model has.
@@ -295,7 +313,9 @@ class _Job:
             variant.outcome,
             self.target,
             self.calibration,
-            lambda model: judge(self.source, model, self.evaluation, self.gates, expected),
+            lambda model: judge(
+                self.source, model, self.evaluation, self.gates, expected, self.runtime
+            ),
             min_sqnr=max((g.bound for g in self.gates if g.metric == "sqnr"), default=None),
             max_loss=largest_loss(self.gates),
             stage=lambda part: self.stage(f"{name}: {part}"),
@@ -314,6 +334,7 @@ class _Job:
                 threads=self.threads,
                 stage=lambda part: self.stage(f"{name}: {part}"),
                 source=self.alone,
+                target=self.runtime,
             )
         self.alone = measured.measured.source
         for part, seconds in measured.measured.seconds.items():

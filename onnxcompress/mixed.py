@@ -278,6 +278,6 @@ class _Search:
         names = sorted({glob.escape(kernel_name(self.kernels[i])) for i in floats})
         return (
             RestoreFloat(target=self.target.name, nodes=tuple(names)),
-            ShieldFloats(),
+            ShieldFloats(target=self.target.name),
             RemoveUnused(),
         )

@@ -61,7 +61,7 @@ def static(target: str = "cpu", effort: Effort = "fast", **options: Any) -> tupl
         *((Equalize(),) if thorough else ()),
         InsertQdq(target=target, **options),
         *((RoundSecondOrder(target=target), CorrectBias(target=target)) if thorough else ()),
-        ShieldFloats(),
+        ShieldFloats(target=target),
         without_pairs(target),
         RemoveUnused(),
     )

@@ -27,6 +27,7 @@ from onnxcompress.pipeline import Outcome
 from onnxcompress.report import Measured, ModelFile, Report, check
 from onnxcompress.report.gating import QUALITY, READERS
 from onnxcompress.session import Feed, Session
+from onnxcompress.targets import Target
 from onnxcompress.validation import Validation, compare
 from onnxcompress.validation.audit import Audit, audit
 
@@ -99,8 +100,9 @@ def judge(
     evaluation: Data | Sequence[Feed],
     gates: Iterable[Gate],
     expected: Outputs | None,
+    target: Target,
 ) -> Verdict:
-    """Hold a candidate against the gates on quality alone, without timing it.
+    """Hold a candidate for `target` against the gates on quality alone, without timing it.
 
     Args:
         expected: what `record` gave for the original.
@@ -109,7 +111,15 @@ def judge(
         InputError: if it does not run.
     """
     labels = evaluation.labels if isinstance(evaluation, Data) else None
-    validation = compare(source, model, evaluation, labels=labels, layers=False, expected=expected)
+    validation = compare(
+        source,
+        model,
+        evaluation,
+        labels=labels,
+        layers=False,
+        expected=expected,
+        as_written=not target.measurable,
+    )
     report = Report(verb="compress", source=ModelFile.of(source), validation=validation)
     held = check((gate for gate in gates if gate.metric in QUALITY), report)
     return Verdict(
@@ -127,22 +137,33 @@ def set_beside(
     threads: int,
     stage: Stage,
     source: Measurement | None = None,
+    target: Target | None = None,
 ) -> Report:
-    """Quality, size, latency and memory; `source` is the original by itself, if measured before."""
+    """Quality, size, latency and memory; `source` is the original by itself, if measured before.
+
+    For a `target` that this machine is not, time and memory would say nothing, so they are left
+    out, and the candidate runs as it is written.
+    """
+    here = target is None or target.measurable
     begin = time.perf_counter()
     feeds = _watched(evaluation, len(evaluation), stage("comparing"))
     labels = evaluation.labels if isinstance(evaluation, Data) else None
-    validation = compare(original, candidate, feeds, labels=labels)
+    validation = compare(original, candidate, feeds, labels=labels, as_written=not here)
     middle = time.perf_counter()
-    stage("timing")(0, None)
     feed = next(iter(evaluation))
-    latency = paired_latency(original, candidate, feed, threads=threads, seconds=_LATENCY_SECONDS)
+    latency = result = None
+    if here:
+        stage("timing")(0, None)
+        latency = paired_latency(
+            original, candidate, feed, threads=threads, seconds=_LATENCY_SECONDS
+        )
     end = time.perf_counter()
     seconds = {"validate": middle - begin, "latency": end - middle}
-    audited, warnings = _audited(candidate, feed)
+    audited, warnings = _audited(candidate, feed, target)
     seconds["audit"] = time.perf_counter() - end
-    source = source or _alone(original, feed, threads)
-    result = _alone(candidate, feed, threads)
+    if here:
+        source = source or _alone(original, feed, threads)
+        result = _alone(candidate, feed, threads)
     return Report(
         verb="validate",
         source=ModelFile.of(original),
@@ -154,10 +175,10 @@ def set_beside(
     )
 
 
-def _audited(path: Path, feed: Feed) -> tuple[Audit | None, tuple[str, ...]]:
+def _audited(path: Path, feed: Feed, target: Target | None) -> tuple[Audit | None, tuple[str, ...]]:
     """What runs on integers, or the warning that it cannot be told."""
     try:
-        return audit(load(path), feed), ()
+        return audit(load(path), feed, target), ()
     except InputError as error:
         return None, (f"how much of {path.name} runs on integers cannot be told: {error}",)
 
@@ -165,7 +186,9 @@ def _audited(path: Path, feed: Feed) -> tuple[Audit | None, tuple[str, ...]]:
 def because(variant: Variant, best: Variant | None) -> str:
     """The variant's figures, and why it was kept or not, in one line."""
     quality = "exact" if variant.sqnr == float("inf") else f"SQNR {variant.sqnr:.1f} dB"
-    figures = f"{variant.size:.2f}x the size, {variant.latency:.2f}x the latency, {quality}"
+    timed = variant.report.measured.latency
+    latency = f"{variant.latency:.2f}x the latency, " if timed else ""
+    figures = f"{variant.size:.2f}x the size, {latency}{quality}"
     if variant.refusal:
         return f"{figures}; {variant.refusal}"
     if best is None or variant is best:

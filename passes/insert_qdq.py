@@ -78,6 +78,8 @@ class InsertQdq(CalibratedPass):
 
     def call(self, model: ir.Model) -> Result:
         plan, target = self._place_observed(model), self._target()
+        if not target.kernels:
+            plan.skips.append(Skip("", "", f"{target.name} computes nothing on integers"))
         opset = model.graph.opset_imports.get("", 0)
         if plan.kernels and opset < target.opset:
             reason = f"opset {opset} has not what {target.activations.dtype} needs: {target.opset}"

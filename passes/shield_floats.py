@@ -8,10 +8,12 @@ from typing import ClassVar, Final, cast
 import numpy as np
 import onnx_ir as ir
 
+from onnxcompress import targets
 from onnxcompress.contract import Pass, Result, Skip
 from onnxcompress.graph.names import FreshNames
 from onnxcompress.operators import (
     DEFAULT_DOMAINS,
+    Role,
     constant,
     constant_tensor,
     in_axis,
@@ -28,14 +30,15 @@ class ShieldFloats(Pass):
     """Keep ONNX Runtime from quantizing the weights of kernels that are to stay in float.
 
     Whatever float weight a Conv, ConvTranspose or Gemm has behind a DequantizeLinear of one
-    scale, ONNX Runtime's WeightBiasQuantization rounds it to int8 with one scale a tensor. It
-    leaves alone what has a scale for each channel, so each such kernel gets a DequantizeLinear of
-    its own with the same scale written once a channel::
+    scale, and through operators that only move values, ONNX Runtime's WeightBiasQuantization
+    rounds it to int8 with one scale for the tensor. It leaves alone what has a scale for each
+    channel, so the way to each such kernel begins with a DequantizeLinear of its own, with the
+    same scale written once a channel::
 
         x_q ─ DQ(scale) ─ Conv(W)    ⇒    x_q ─ DQ([scale, …], axis) ─ Conv(W)
 
     Exact: the values are the same to the bit. Idempotent. Declines, with a line in the report,
-    kernels that read a single channel: a list of one is one scale to ONNX Runtime.
+    where no axis is known to be longer than one: a list of one is one scale to ONNX Runtime.
 
     Source: ONNX DequantizeLinear 13.
     """
@@ -50,12 +53,12 @@ class ShieldFloats(Pass):
         fresh = FreshNames(graph)
         shielded, skips = 0, list[Skip]()
         for node in graph:
-            dequantizer = _exposed(node)
-            if dequantizer is None:
+            way = _way_from_integers(node)
+            if way is None:
                 continue
-            axis, channels = _channels(node)
-            if channels > 1:
-                _shield(node, dequantizer, axis, channels, fresh)
+            axis = _longer_axis(node, way)
+            if axis is not None:
+                _shield(way, *axis, fresh)
                 shielded += 1
             else:
                 reason = "it reads one channel: ONNX Runtime will quantize its weight by itself"
@@ -64,18 +67,37 @@ class ShieldFloats(Pass):
         return Result(model, modified=bool(shielded), skips=tuple(skips), figures=figures)
 
 
-def _exposed(node: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear of one scale before a kernel whose weight is a float constant."""
+def _way_from_integers(node: ir.Node) -> ir.Node | None:
+    """The first node behind a DequantizeLinear of one scale, on the way to a float kernel."""
     if node.op_type not in _QUANTIZED or node.domain not in DEFAULT_DOMAINS:
         return None
-    data, weight = node.inputs[0], constant_tensor(node.inputs[1])
-    producer = None if data is None else data.producer()
-    if producer is None or producer.op_type != "DequantizeLinear":
-        return None
+    weight = constant_tensor(node.inputs[1])
     if weight is None or weight.dtype != ir.DataType.FLOAT:
         return None
+    while (producer := _producer(node)) is not None and operator(producer).role is Role.MOVE:
+        node = producer
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return None
     scale = constant(producer.inputs[1])
-    return producer if scale is not None and scale.size == 1 else None
+    return node if scale is not None and scale.size == 1 else None
+
+
+def _producer(node: ir.Node) -> ir.Node | None:
+    """Of the first input."""
+    value = node.inputs[0] if node.inputs else None
+    return None if value is None else value.producer()
+
+
+def _longer_axis(kernel: ir.Node, way: ir.Node) -> tuple[int, int] | None:
+    """An axis of what `way` reads that has more than one channel, and how many."""
+    if way is kernel:
+        found = _channels(kernel)
+        return found if found[1] > 1 else None
+    value = way.inputs[0]
+    assert value is not None
+    sizes = value.shape or ()
+    known = ((axis, size) for axis, size in enumerate(sizes) if isinstance(size, int))
+    return next(((axis, size) for axis, size in known if size > 1), None)
 
 
 def _channels(node: ir.Node) -> tuple[int, int]:
@@ -89,16 +111,13 @@ def _channels(node: ir.Node) -> tuple[int, int]:
         return 1, shape[axis] * int_attribute(node, "group", 1)
     if node.op_type == "Gemm":
         return 1 - int_attribute(node, "transA", 0), shape[axis]
-    channel_axis = operator(node).channel_axis
-    assert channel_axis is not None
-    return channel_axis, shape[axis]
+    return 1, shape[axis]
 
 
-def _shield(
-    node: ir.Node, dequantizer: ir.Node, axis: int, channels: int, fresh: FreshNames
-) -> None:
-    graph, floats = node.graph, dequantizer.outputs[0]
-    assert isinstance(graph, ir.Graph)
+def _shield(way: ir.Node, axis: int, channels: int, fresh: FreshNames) -> None:
+    graph, dequantizer = way.graph, _producer(way)
+    assert isinstance(graph, ir.Graph) and dequantizer is not None
+    floats = dequantizer.outputs[0]
     inputs: list[ir.Value] = [cast(ir.Value, dequantizer.inputs[0])]
     for value in dequantizer.inputs[1:]:
         array = constant(value)
@@ -112,5 +131,5 @@ def _shield(
     output = shield.outputs[0]
     output.name = shield.name = fresh(f"{floats.name}_by_channel")
     output.type, output.shape = floats.type, floats.shape
-    graph.insert_before(node, shield)
-    node.replace_input_with(0, output)
+    graph.insert_before(way, shield)
+    way.replace_input_with(0, output)

@@ -50,6 +50,8 @@ class ActivationScheme:
 
     dtype: Activations
     symmetric: bool
+    per_channel: bool
+    """Whether a DequantizeLinear of data may have a scale for each channel."""
     alternatives: tuple[Activations, ...] = ()
     """Other types that the same kernels take."""
 
