@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,11 @@ from onnxcompress.errors import InputError
 from onnxcompress.graph.names import FreshNames
 from onnxcompress.graph.quantized_kernels import QuantizedKernel, quantized_kernels
 from onnxcompress.graph.quantized_weights import FLOAT
-from onnxcompress.numerics.second_order import gram_matrix, output_error
+from onnxcompress.numerics.second_order import mean_square
 from onnxcompress.operators import operator
 
 Floats = npt.NDArray[np.float64]
+_POWER_ROWS: Final = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ class CorrectBias(CalibratedPass):
             by_group = taken.reshape(len(weight), -1)
             places = weight.shape[2] // by_group.shape[1]
             correction += np.einsum("gnk,gk->gn", weight, np.tile(by_group, (1, places)))
-        power = float(output_error(weight, gram_matrix(rows)).sum()) * step**2
+        power = float(mean_square(weight, rows[:, :_POWER_ROWS]).sum()) * step**2
         return correction, power or 1.0
 
 

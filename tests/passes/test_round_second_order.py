@@ -172,11 +172,24 @@ def test_shared_and_unknown_weights_are_left_with_a_reason() -> None:
     assert "float weight is unknown" in skip.reason
 
 
-def test_wide_layers_are_left() -> None:
+def test_wide_layers_are_rounded_in_parts() -> None:
     build, feeds = CASES["gemm"]
-    result = apply(RoundSecondOrder(widest=39), quantized(build, feeds), feeds)
-    assert not result.modified
-    assert result.skips[0].reason == "its outputs sum over 40 values, more than 39"
+    model = quantized(build, feeds)
+    before = noise(model, feeds)
+    result = apply(RoundSecondOrder(widest=16), model, feeds)
+    assert result.modified and not result.skips
+    assert noise(model, feeds) < 0.8 * before
+
+
+def test_the_number_of_cores_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, feeds = CASES["dense"]
+    found: list[bytes] = []
+    for cores in (1, 2, 5):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        model = quantized(build, feeds)
+        apply(RoundSecondOrder(), model, feeds)
+        found.append(ir.to_proto(model).SerializeToString())
+    assert found[0] == found[1] == found[2]
 
 
 def test_constant_input_is_no_trouble() -> None:
