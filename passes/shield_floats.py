@@ -46,9 +46,12 @@ class ShieldFloats(Pass):
     name: ClassVar[str] = "shield_floats"
     exact: ClassVar[bool] = True
 
+    target: str = "cpu"
+    """Runtime that the model is for; not all take data with a scale for each channel."""
+
     def call(self, model: ir.Model) -> Result:
-        graph = model.graph
-        if graph.opset_imports.get("", 0) < _AXES:
+        graph, scheme = model.graph, targets.load(self.target).activations
+        if graph.opset_imports.get("", 0) < _AXES or not scheme.per_channel:
             return Result(model, modified=False)
         fresh = FreshNames(graph)
         shielded, skips = 0, list[Skip]()
