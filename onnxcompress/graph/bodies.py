@@ -20,9 +20,9 @@ from typing import Any, Final, cast
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import shape_inference
 
 from onnxcompress.contract import Array
+from onnxcompress.graph.inference import infer
 from onnxcompress.graph.names import FreshNames, values_of
 from onnxcompress.graph.scopes import subgraphs
 from onnxcompress.operators import DEFAULT_DOMAINS
@@ -88,7 +88,7 @@ def expose(model: ir.Model, names: Iterable[str]) -> Exposed:
         return Exposed(model)
     model = model.clone()
     if any(value.dtype is None for name in wanted for value in inner[name]):
-        shape_inference.ShapeInferencePass()(model)
+        infer(model)
     return _Exposure(model).run(wanted)
 
 
