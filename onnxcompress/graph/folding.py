@@ -85,7 +85,7 @@ class Folding:
         there.check(site.out_axis, site.rank, site.out_channels)
         edits = list(bias)
         if there.scales:
-            edits.append(self._weight_edit(site, there.scale, site.out_axes))
+            edits.append(self.weight_edit(site, there.scale, site.out_axes))
         addend = None
         if not is_op(source, "MatMul"):
             edits += _bias_edits(site, there.scale, there.shift)
@@ -278,7 +278,12 @@ class Folding:
             else:
                 yield user, index, affine
 
-    def _weight_edit(self, site: Linear, scale: Array, axes: tuple[int, ...]) -> Edit:
+    def weight_edit(self, site: Linear, scale: Array, axes: tuple[int, ...]) -> Edit:
+        """The edit of the weight of `site` to `scale` times itself along `axes` of its view.
+
+        Raises:
+            Declined: if it is large and shared, or would overflow or turn denormal.
+        """
         value = site.node.inputs[site.index]
         while site.weight.nbytes > LARGE and value is not None:
             if self.is_shared(value):
@@ -294,7 +299,7 @@ class Folding:
         site.check_data(index, affine)
         edits: list[Edit] = []
         if affine.scales:
-            edits.append(self._weight_edit(site, affine.scale, site.in_axes))
+            edits.append(self.weight_edit(site, affine.scale, site.in_axes))
         if not affine.shifts:
             return edits, None
         carried = site.carried(affine.shift)
