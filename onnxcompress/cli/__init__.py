@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 
@@ -37,6 +37,7 @@ main.command_class = Verb
         flags.examples(
             "compress model.onnx -o small.onnx --calibrate inputs.npz --report small.html",
             "compress model.onnx -o small.onnx --calibrate photos --images 'mean=[0.5]'",
+            "compress model.onnx -o small.onnx --calibrate inputs.npz --max-drop 0.01",
             "compress model.onnx -o small.onnx --calibrate inputs.npz --gate 'sqnr >= 30'",
         ),
         flags.DATA,
@@ -57,13 +58,18 @@ main.command_class = Verb
 )
 @click.option(
     "--scheme",
-    type=click.Choice(["auto", "static", "dynamic", "none"]),
+    type=click.Choice(["auto", "static", "dynamic", "weights", "float16", "bfloat16", "none"]),
     default="auto",
     show_default=True,
-    help="Quantization to try; none applies exact rewrites only.",
+    help="Quantization to try; weights leaves the arithmetic in float, none applies exact rewrites "
+    "only.",
 )
+@flags.bits
+@flags.block_size
 @flags.effort("thorough")
 @flags.gates
+@flags.max_drop
+@flags.min_sqnr
 @flags.target
 @flags.samples
 @flags.threads
@@ -77,8 +83,12 @@ def compress(
     evaluate: str | None,
     recipe: Path | None,
     scheme: Scheme,
+    bits: int | None,
+    block_size: int | None,
     effort: Effort,
     gates: tuple[str, ...],
+    max_drop: float | None,
+    min_sqnr: float | None,
     target: str,
     samples: int,
     threads: int,
@@ -96,6 +106,14 @@ def compress(
     a measurement), sqnr >= 10 and, where there are labels, accuracy_drop <= 0.02. A model that no
     variant improves within them is written as it came. With --gate only yours hold; where no
     variant passes, nothing is written and the exit code is 3.
+
+    Where static int8 misses what bounds quality, the layers that it hurts most for their
+    arithmetic go back to float until it holds. --max-drop and --min-sqnr take the place of the
+    bounds on sqnr and accuracy_drop above; what is written never loses more.
+
+    For a --target that this machine does not run nothing is timed: latency and memory decide
+    nothing and no gate holds them unless you give one, and what runs on integers is what the
+    target's table promises.
     """
     from onnxcompress.job import compress as run
     from onnxcompress.recipe import Recipe
@@ -111,8 +129,12 @@ def compress(
                 recipe=None if recipe is None else Recipe.from_toml(recipe),
                 target=target,
                 scheme=scheme,
+                bits=bits,
+                block_size=block_size,
                 effort=effort,
                 gates=flags.read_gates(gates),
+                max_drop=max_drop,
+                min_sqnr=min_sqnr,
                 images=flags.read_images(images),
                 samples=samples,
                 threads=threads,
@@ -160,10 +182,11 @@ def optimize(model: Path, output: Path, as_json: bool) -> None:
 )
 @click.option(
     "--scheme",
-    type=click.Choice(["static", "dynamic"]),
+    type=click.Choice(["static", "dynamic", "weights"]),
     default="static",
     show_default=True,
-    help="Observe activations beforehand, or scale them at run time (no data needed).",
+    help="Observe activations beforehand, scale them at run time, or leave them in float (the last "
+    "two need no data).",
 )
 @click.option(
     "--method",
@@ -175,14 +198,16 @@ def optimize(model: Path, output: Path, as_json: bool) -> None:
 )
 @click.option(
     "--activations",
-    type=click.Choice(["uint8", "int8"]),
-    help="Type of activations (static).  [default: the target's]",
+    type=click.Choice(["uint8", "int8", "uint16", "int16"]),
+    help="Type of activations, one that the target takes (static).  [default: the target's]",
 )
 @click.option(
     "--per-channel/--per-tensor",
     default=None,
     help="A weight's scales: one an output channel, or one.  [default: per-channel]",
 )
+@flags.bits
+@flags.block_size
 @flags.effort("fast")
 @flags.include
 @flags.exclude
@@ -203,7 +228,7 @@ def quantize(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Quantize MODEL to 8 bits, without comparing.
+    """Quantize MODEL, without comparing.
 
     Writes what one scheme gives; `compress` tries several and compares.
     """
@@ -211,8 +236,7 @@ def quantize(
     from onnxcompress.observe.observations import merge_all
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    if scheme == "dynamic":
-        _refuse_static({**given, "calibrate": calibrate, "statistics": statistics or None})
+    _refuse_others(scheme, {**given, "calibrate": calibrate, "statistics": statistics or None})
     merged = merge_all([api.load_statistics(path) for path in statistics]) if statistics else None
     _rewrite(
         "quantize",
@@ -402,7 +426,8 @@ def bench(models: tuple[Path, ...], seconds: float, threads: int, as_json: bool)
 def inspect(model: Path, target: str, as_json: bool) -> None:
     """Show what is in MODEL.
 
-    And what of it would run on integers on the target, what would not, and why.
+    And what of it would run on integers on the target, what would not, and why: by operator for
+    people, node by node with --json.
     """
     from onnxcompress.inspection import inspect as run
     from onnxcompress.report import listing, to_plain
@@ -431,7 +456,23 @@ def _rewrite(
     tell(Report(verb=verb, source=original, result=result, passes=outcome.records), None, as_json)
 
 
-def _refuse_static(given: dict[str, Any]) -> None:
-    for name in ("calibrate", "statistics", "method", "percentile", "activations"):
-        if given.get(name) is not None:
-            raise InputError(f"--{name} belongs to the static scheme: leave it out")
+_BELONGS: Final = {
+    **dict.fromkeys(
+        ("calibrate", "statistics", "method", "percentile", "activations"), ("static",)
+    ),
+    "per_channel": ("static", "dynamic"),
+    "bits": ("weights",),
+    "block_size": ("weights",),
+}
+
+
+def _refuse_others(scheme: str, given: dict[str, Any]) -> None:
+    """See that every option that was given belongs to the scheme.
+
+    Raises:
+        InputError: naming the first that does not.
+    """
+    for name, schemes in _BELONGS.items():
+        if given.get(name) is not None and scheme not in schemes:
+            flag, owners = name.replace("_", "-"), " and ".join(schemes)
+            raise InputError(f"--{flag} belongs to the {owners} scheme: leave it out")

@@ -66,6 +66,10 @@ def effort(default: str) -> Callable[[Any], Any]:
     )
 
 
+def _whole(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
+    return None if text is None else int(text)
+
+
 def examples(*lines: str) -> str:
     """Commands to copy, as a part of a verb's help."""
     return "\b\nExamples:\n" + "".join(f"  onnxcompress {line}\n" for line in lines)
@@ -81,10 +85,28 @@ output = click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Model to write."
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+bits = click.option(
+    "--bits",
+    type=click.Choice(["4", "8"]),
+    callback=_whole,
+    help="Bits of a weight (weights).  [default: 4]",
+)
+block_size = click.option(
+    "--block-size",
+    type=int,
+    help="Values that share a scale, a power of 2 of 16 or more; 0 is a whole channel (weights).  "
+    "[default: 32]",
+)
 calibrate = click.option(
     "--calibrate", metavar="DATA", help="Inputs to observe; the static scheme needs them."
 )
-target = click.option("--target", default="cpu", show_default=True, help="Runtime to aim at.")
+target = click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="Runtime to aim at: cpu, cpu-arm, cuda, tensorrt, openvino, qnn, coreml, web, or one that "
+    "a package adds.",
+)
 images = click.option("--images", help="How a folder of images becomes the input; see below.")
 samples = click.option(
     "--samples",
@@ -107,6 +129,19 @@ report = click.option(
 )
 gates = click.option(
     "--gate", "gates", multiple=True, metavar="GATE", help="Bound to hold; repeatable."
+)
+max_drop = click.option(
+    "--max-drop",
+    type=float,
+    metavar="SHARE",
+    help="Accuracy that may be lost (0.01 is one point) or, without labels, share of decisions "
+    "that may differ; layers go back to float until it holds.",
+)
+min_sqnr = click.option(
+    "--min-sqnr",
+    type=float,
+    metavar="DB",
+    help="Signal to noise that every output must keep; layers go back to float until it holds.",
 )
 include = click.option(
     "--include",

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from onnxcompress.errors import InputError
 from onnxcompress.report import Report
 from onnxcompress.report import summary as say
+from onnxcompress.report.trade_off import trade_off
 from onnxcompress.validation.layers import Layer
 
 _WORST_LAYERS = 10
+_MOST_PARTS = 40
 _MOST_BARS = 400
 _LOWEST_TOP, _HIGHEST_TOP, _STEP = 30, 80, 10
 """dB: the chart's upper end lies between the first two, in whole steps."""
@@ -73,6 +75,8 @@ def render(report: Report) -> str:
         unfused=say.unfused(report),
         chart=layer_chart(validation.layers) if validation and validation.layers else None,
         worst=validation.worst_layers(_WORST_LAYERS) if validation else [],
+        plot=trade_off(report.mixed) if report.mixed else None,
+        parts=say.kernel_parts(report, _MOST_PARTS),
         skips=say.skip_groups(report),
         passes=say.passes_done(report),
         tables=say.figure_tables(report),

@@ -156,6 +156,22 @@ def figure_tables(report: Report) -> list[tuple[str, str, Mapping[str, float]]]:
     ]
 
 
+def kernel_parts(report: Report, most: int) -> list[tuple[str, str, str, str, str]]:
+    """Kernels by sensitivity, worst first: name, operator, shares of noise and arithmetic, fate."""
+    kernels = report.mixed.kernels if report.mixed else ()
+    macs = sum(kernel.macs for kernel in kernels) or 1
+    return [
+        (
+            clean(kernel.node),
+            clean(kernel.op),
+            f"{100 * kernel.noise:.3g} %",
+            f"{100 * kernel.macs / macs:.3g} %",
+            "float" if kernel.floats else "integers",
+        )
+        for kernel in kernels[:most]
+    ]
+
+
 def shorten(text: str, width: int) -> str:
     """`text` in `width` characters, cut in the middle: both ends of a tensor's name tell most."""
     if len(text) <= width:

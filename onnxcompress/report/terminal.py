@@ -15,6 +15,7 @@ from onnxcompress.report.summary import (
     cost_rows,
     decibels,
     headline,
+    kernel_parts,
     passes_done,
     percent,
     quality_rows,
@@ -25,6 +26,7 @@ from onnxcompress.report.summary import (
 
 _STYLES = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.NEUTRAL: ""}
 _WORST_LAYERS = 5
+_WORST_PARTS = 8
 _NAME = 27
 
 
@@ -36,7 +38,8 @@ def show(report: Report, console: Console, *, details: bool = True) -> None:
         details: also the passes, the outputs, the layers and what was declined.
     """
     if details:
-        for table in (_passes(report), _skips(report), _outputs(report), _layers(report)):
+        tables = (_passes, _skips, _outputs, _layers, _parts)
+        for table in (make(report) for make in tables):
             if table.row_count:
                 console.print(table)
     for note in report.notes:
@@ -111,6 +114,16 @@ def _layers(report: Report) -> Table:
         table.add_row(
             Text(shorten(clean(layer.tensor), _NAME)), Text(clean(layer.op)), *map(Text, figures)
         )
+    return table
+
+
+def _parts(report: Report) -> Table:
+    table = _table(
+        "layers by sensitivity", "kernel", "operator", "of noise", "of arithmetic", "now in",
+        right=(2, 3),
+    )  # fmt: skip
+    for name, *rest in kernel_parts(report, _WORST_PARTS):
+        table.add_row(Text(shorten(name, _NAME)), *map(Text, rest))
     return table
 
 
