@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ def quantize(
     model: ModelLike,
     data: Any = None,
     *,
-    scheme: Literal["static", "dynamic"] = "static",
+    scheme: Literal["static", "dynamic", "weights"] = "static",
     effort: schemes.Effort = "fast",
     statistics: Statistics | None = None,
     target: str = "cpu",
@@ -86,14 +87,15 @@ def quantize(
     executor: Executor | None = None,
     **options: Any,
 ) -> Outcome:
-    """Quantize a model to 8 bits, after the exact rewrites.
+    """Quantize a model, after the exact rewrites.
 
     Args:
         data: what to calibrate with; static quantization needs it, or `statistics`.
-        scheme: static (activations too, from statistics) or dynamic (activations at run time).
+        scheme: static (activations too, from statistics), dynamic (activations at run time), both
+            in 8 bits, or weights (alone, in 4 bits or 8; arithmetic stays in float).
         effort: what static quantization does against its error; see `schemes.static`.
         statistics: what `calibrate` gave.
-        options: those of the pass, `InsertQdq` or `QuantizeDynamic`.
+        options: those of the pass, `InsertQdq`, `QuantizeDynamic` or `QuantizeWeights`.
 
     Raises:
         InputError: if the model or the data cannot be used, or neither data nor statistics are
@@ -102,9 +104,11 @@ def quantize(
     model = as_model(model)
     if scheme == "dynamic":
         return run(model, schemes.dynamic(target, **options), started=started)
+    if scheme == "weights":
+        return run(model, schemes.weights(target, **options), started=started)
     if data is None and statistics is None:
         raise InputError(
-            "static quantization needs calibration data: give some, or use the dynamic scheme"
+            "static quantization needs calibration data: give some, or use another scheme"
         )
     if data is None and effort == "thorough":
         raise InputError("thorough quantization runs the model: give data beside the statistics")
@@ -160,12 +164,14 @@ def observer(
     progress: Progress | None = None,
     executor: Executor | None = None,
 ) -> Callable[[ir.Model, Sequence[Want]], Observations]:
-    """Observes models on the first `samples` feeds of `data`."""
+    """Observes models on the first `samples` feeds of `data`, or as many of them as tell enough."""
     chosen = data.first(samples)
 
     def watch(model: ir.Model, wants: Sequence[Want]) -> Observations:
-        return observe(
-            model, chosen, wants, total=chosen.size, progress=progress, executor=executor
-        )
+        enough = [want.feeds for want in wants if want.feeds is not None]
+        most = None if len(enough) < len(wants) else max(enough, default=1)
+        some = chosen if most is None else chosen.spread(most)
+        told = [replace(want, feeds=most) for want in wants]
+        return observe(model, some, told, total=some.size, progress=progress, executor=executor)
 
     return watch

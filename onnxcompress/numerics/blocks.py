@@ -125,11 +125,11 @@ def _least_error(cut: Floats, bits: int, symmetric: bool) -> tuple[Floats, Float
 def _parameters(low: Floats, high: Floats, bits: int, symmetric: bool) -> tuple[Floats, Floats]:
     if symmetric:
         middle = np.float32(1 << (bits - 1))
-        scale = np.where(high > -low, -high, -low) / middle
-        small = np.abs(scale) < SMALLEST_SCALE
-        return np.where(small, SMALLEST_SCALE, scale), np.full_like(scale, middle)
+        scale = np.where(high > -low, -high, -low).astype(np.float32) / middle
+        scale[np.abs(scale) < SMALLEST_SCALE] = SMALLEST_SCALE
+        return scale, np.full_like(scale, middle)
     steps = np.float32((1 << bits) - 1)
-    scale = np.maximum((high - low) / steps, SMALLEST_SCALE)
+    scale = np.maximum((high - low) / steps, SMALLEST_SCALE).astype(np.float32)
     return scale, np.clip(np.rint(-low / scale), 0, steps)
 
 

@@ -198,8 +198,7 @@ def test_bodies_are_quantized_too():
     net = Net(OPSET)
     net.input("x", 5, 24)
     net.inputs.append(helper.make_tensor_value_info("c", TensorProto.BOOL, ()))
-    branches = {"then_branch": inner.graph("t"), "else_branch": other.graph("f")}
-    net.op("If", "c", out="y", **branches)
+    net.op("If", "c", out="y", then_branch=inner.graph("t"), else_branch=other.graph("f"))
     net.output("y")
     proto = net.model()
     after, result = apply(PASS, proto)
