@@ -44,6 +44,8 @@ class Want:
     kind: Kind = Kind.HISTOGRAM
     axis: int | None = None
     patches: Patches | None = None
+    feeds: int | None = field(default=None, compare=False)
+    """How many feeds tell it well enough, of however many there are; None: all that are given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@ import contextlib
 import io
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +379,22 @@ def test_split_holds_the_end_out(count: int, fraction: float):
     assert len(calibrate) > 0 and len(evaluate) > 0
     np.testing.assert_array_equal(np.concatenate([values(calibrate), values(evaluate)]), x)
     np.testing.assert_array_equal(evaluate.labels, np.arange(len(calibrate), count))
+
+
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 5))
+def test_spread_takes_feeds_evenly(count: int, n: int, start: int):
+    x = rows(count + start)
+    data = replace(open_data({"x": x, "labels": np.arange(count + start)}, ROW), start=start)
+    some = data.spread(n)
+    assert len(some) == min(n, count)
+    np.testing.assert_array_equal(values(some), x[some.labels])
+    gaps = np.diff([start, *some.labels, count + start])
+    assert gaps[0] == 0 and gaps[1:].max() - gaps[1:].min() <= 1
+
+
+def test_spread_takes_the_first_of_a_stream():
+    data = open_data(lambda: ({"x": row} for row in rows(9)[:, None]), ROW)
+    np.testing.assert_array_equal(values(data.spread(4)), rows(9)[:4])
 
 
 def test_parts_of_parts():

@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcompress.contract import CalibratedPass, Pass, Result, Skip, Statistics, Want
+from onnxcompress.api import as_data, observer
+from onnxcompress.contract import CalibratedPass, Kind, Pass, Result, Skip, Statistics, Want
 from onnxcompress.errors import InputError
 from onnxcompress.observe import observe
 from onnxcompress.pipeline import run
@@ -83,3 +84,15 @@ def test_given_statistics_are_used_without_running() -> None:
 def test_without_statistics_it_refuses_naming_them() -> None:
     with pytest.raises(InputError, match="look needs statistics of 'h'"):
         run(model(), [Look()])
+
+
+def test_no_more_feeds_are_run_than_tell_enough() -> None:
+    runs: list[int | None] = []
+    data = as_data({"x": np.arange(20, dtype=np.float32).reshape(10, 2)}, model())
+    watch = observer(data, progress=lambda done, total: runs.append(total) if done == 1 else None)
+    few, many = Want("h", feeds=3), Want("h", Kind.MEAN, 0, feeds=5)
+    told = watch(model(), [few])
+    assert not told.missing([few]) and told.missing([Want("h"), Want("h", feeds=4)])
+    assert not watch(model(), [few, many]).missing([few, many, Want("h", feeds=5)])
+    assert not watch(model(), [few, Want("h", Kind.MEAN, 0)]).missing([Want("h"), many])
+    assert runs == [3, 5, 10]

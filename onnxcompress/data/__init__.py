@@ -127,6 +127,23 @@ class Data:
         end = self.start + n
         return replace(self, stop=end if self.stop is None else min(end, self.stop))
 
+    def spread(self, n: int) -> Data:
+        """`n` feeds evenly from the whole, for a source may be sorted; the first where it streams.
+
+        All of them if there are no more than `n`.
+        """
+        if self.size is None or not isinstance(self.source, Indexed):
+            return self.first(n)
+        if n >= self.size:
+            return self
+        get, start, size = self.source.get, self.start, self.size
+
+        def at(i: int) -> Item:
+            return get(start + i * size // n)
+
+        source = replace(self.source, size=n, get=at, span=None)
+        return replace(self, source=source, start=0, stop=None)
+
     def split(self, fraction: float = 0.2) -> tuple[Data, Data]:
         """The data without its last `fraction`, and that part held out.
 

@@ -121,11 +121,15 @@ class QuantizedKernel:
         return True
 
     def want(self, rows: int, rows_each: int) -> Want:
-        """A sample of the rows that it multiplies by its weight."""
+        """A sample of the rows that it multiplies by its weight.
+
+        It is taken from twice the feeds that would fill it, for what some of them are short of.
+        """
         patches = Patches(fill=self.data_zero, rows=rows, rows_each=rows_each)
         if self.node.op_type == "Conv":
             patches = dataclasses.replace(patches, **self._window())
-        return Want(self.data.name or "", Kind.ROWS, patches=patches)
+        feeds = -(-2 * rows // rows_each)
+        return Want(self.data.name or "", Kind.ROWS, patches=patches, feeds=feeds)
 
     def rows(self, sample: Array) -> npt.NDArray[np.float32]:
         """The sample that `want` describes, per group and in units of `data_scale`, [G, n, K]."""

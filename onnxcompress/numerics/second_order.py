@@ -181,7 +181,7 @@ class _Limits:
         self._zeros = np.count_nonzero(target, axis=(0, 2)) < groups * channels
         self._bound: npt.NDArray[np.bool_] = np.zeros(size, bool)
         if partners is not None:  # the second of a pair gives way
-            self._bound = np.any(partners > np.arange(size), axis=0)
+            self._bound = np.any(partners > np.arange(size, dtype=np.intp), axis=0)
 
     def round(self, wanted: Floats, k: int) -> Floats:
         """Codes [G, N] for column `k`, next to `wanted`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -91,8 +92,9 @@ class Observations:
         return self._find(Want(value, Kind.ROWS, patches=patches), RowSample).rows
 
     def missing(self, wants: Iterable[Want]) -> list[Want]:
-        """Those of `wants` that were not observed; `reasons` may know why."""
-        return [want for want in wants if want not in self.kept]
+        """Those of `wants` not observed, or on too few feeds; `reasons` may know why."""
+        feeds = {want: want.feeds or math.inf for want in self.kept}
+        return [want for want in wants if feeds.get(want, 0) < (want.feeds or math.inf)]
 
     def merge(self, other: Observations) -> Observations:
         """Of the data of both. What either could not observe is left out."""
