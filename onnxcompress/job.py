@@ -42,7 +42,7 @@ from onnxcompress.variants import (
     versions,
 )
 
-Scheme = Literal["auto", "static", "dynamic", "weights", "none"]
+Scheme = Literal["auto", "static", "dynamic", "weights", "float16", "bfloat16", "none"]
 Passes = tuple[Pass, ...]
 
 _HELD_OUT: Final = 0.2
@@ -91,8 +91,9 @@ def compress(
             made-up inputs are used where there is no data at all.
         recipe: passes to run in place of the schemes, with its own gates and target.
         effort: what static quantization does against its error; see `schemes.static`.
-        scheme: try only this one; "weights" leaves the arithmetic in float, "none" applies the
-            exact rewrites alone.
+        scheme: try only this one; "weights" leaves the arithmetic in float, "float16" and
+            "bfloat16" too where the target has no kernels for them, "none" applies the exact
+            rewrites alone.
         bits: of a weight, 4 or 8, with the scheme "weights".
         block_size: values that share a scale, with the scheme "weights".
         gates: bounds that the result must hold; `Budget.default_gates` when empty.
@@ -259,6 +260,8 @@ class _Job:
             yield "dynamic", schemes.dynamic(self.target)
         if recipe is None and scheme == "weights":
             yield "weights", schemes.weights(self.target, **blocks)
+        if recipe is None and scheme in ("float16", "bfloat16"):
+            yield scheme, schemes.half(scheme, self.target)
         yield _EXACT, schemes.exact()
 
     def attempt(self, name: str, passes: Passes) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from onnxcompress import targets
 from onnxcompress.contract import Pass
 from onnxcompress.passes import EXACT
+from onnxcompress.passes.convert_float16 import ConvertFloat16
 from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fuse_gemm import FuseGemm
@@ -22,7 +23,9 @@ from onnxcompress.passes.split_transposed import SplitTransposed
 from onnxcompress.passes.write_as_add import WriteAsAdd
 
 Effort = Literal["fast", "thorough"]
+Half = Literal["float16", "bfloat16"]
 _WITHOUT_PAIRS = ("LSTM", "Gather")
+_BFLOAT16_OPSET = 22  # Conv and the pools take it from there on
 _BLOCKS_OPSET = 21  # DequantizeLinear with a block_size
 
 
@@ -84,3 +87,14 @@ def weights(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
     opset = RaiseOpset(minimum=max(_BLOCKS_OPSET, targets.load(target).opset))
     quantize = QuantizeWeights(target=target, **options)
     return (*exact(), opset, SplitTransposed(), InferShapes(), quantize, RemoveUnused())
+
+
+def half(dtype: Half, target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
+    """Weights in 16-bit floats, and arithmetic where the target has kernels for them.
+
+    `options` are those of `ConvertFloat16`.
+    """
+    runtime = targets.load(target)
+    least = _BFLOAT16_OPSET if dtype == "bfloat16" else 13
+    convert = ConvertFloat16(**{"dtype": dtype, "compute": dtype in runtime.floats, **options})
+    return (*exact(), RaiseOpset(minimum=least), InferShapes(), convert, RemoveUnused())

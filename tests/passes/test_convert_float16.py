@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from onnxcompress import schemes
 from onnxcompress.contract import Result
 from onnxcompress.numerics.short_floats import (
     largest,
@@ -169,7 +170,7 @@ def test_values_observed_beyond_the_range_keep_their_nodes_in_float32() -> None:
 def run_in_half(proto: onnx.ModelProto, feed: dict[str, Any]) -> Any:
     """What comes out where every operator rounds to its type, which no CPU kernel need do."""
     with np.errstate(all="ignore"):
-        return ReferenceEvaluator(proto).run(None, feed)[0]
+        return next(iter(ReferenceEvaluator(proto).run(None, feed)))
 
 
 def test_positions_and_sizes_keep_their_digits() -> None:
@@ -297,3 +298,11 @@ def test_reference_models_are_halved_and_keep_45_db(name: str, compute: bool) ->
     expected, actual = run(proto, feed)[0], run(after, feed)[0]
     assert sqnr(expected, actual) >= (45 if compute else 55)
     assert after.ByteSize() < 0.62 * proto.ByteSize()
+
+
+def test_the_scheme_computes_in_a_type_only_where_the_target_does() -> None:
+    def computes(target: str) -> bool:
+        (convert,) = (p for p in schemes.half("float16", target) if isinstance(p, ConvertFloat16))
+        return convert.compute
+
+    assert computes("cuda") and not computes("cpu")
