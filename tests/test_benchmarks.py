@@ -27,6 +27,17 @@ def test_both_quantizers_are_compared_on_a_small_model(
         assert seconds > 0.1 and peak > 50 and size < 0.2 and score > 0.9
 
 
+def test_the_thorough_job_is_held_against_plain_inference(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["--quick", "--only", "thorough", "segment_tabular"])
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith("| segment_tabular")).split(" | ")
+    plain, budget, seconds = map(float, row[2:5])
+    assert budget == pytest.approx(3 * plain + 5, rel=0.02)
+    assert float(row[5]) == pytest.approx(seconds / budget, abs=0.02)
+
+
 def test_a_job_tells_its_own_peak_and_not_its_parents() -> None:
     held = np.ones(30_000_000)  # 240 MB, which a child must not be charged with
     small = job.run([sys.executable, "-c", "print('done')"])

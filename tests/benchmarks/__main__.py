@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.benchmarks import compare, corpus, cost, growth
+from tests.benchmarks import compare, corpus, cost, growth, thorough
 from tests.benchmarks.cases import Setting
 from tests.benchmarks.job import ROOT
 
 SECTIONS: dict[str, tuple[str, Callable[[Setting], Iterator[str]]]] = {
     "compare": ("Ours beside ONNX Runtime's quantizer", compare.tables),
     "cost": ("What calibration and the whole job cost", cost.tables),
+    "thorough": ("What compensation costs beside plain inference", thorough.tables),
     "growth": ("How cost grows with nodes and weights", growth.tables),
     "corpus": ("Exact passes on the models of the onnx wheel", corpus.tables),
 }
