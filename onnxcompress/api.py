@@ -37,7 +37,7 @@ def optimize(model: ModelLike, *, started: Started | None = None) -> Outcome:
     Raises:
         InputError: if the model cannot be loaded.
     """
-    return run(as_model(model), schemes.exact(), started=started)
+    return run(as_model(model), schemes.exact(), started=started, copy=_is_held(model))
 
 
 def calibrate(
@@ -101,11 +101,11 @@ def quantize(
         InputError: if the model or the data cannot be used, or neither data nor statistics are
             given where they are needed.
     """
-    model = as_model(model)
+    held, model = _is_held(model), as_model(model)
     if scheme == "dynamic":
-        return run(model, schemes.dynamic(target, **options), started=started)
+        return run(model, schemes.dynamic(target, **options), started=started, copy=held)
     if scheme == "weights":
-        return run(model, schemes.weights(target, **options), started=started)
+        return run(model, schemes.weights(target, **options), started=started, copy=held)
     if data is None and statistics is None:
         raise InputError(
             "static quantization needs calibration data: give some, or use another scheme"
@@ -116,7 +116,7 @@ def quantize(
     if data is not None:
         watch = observer(as_data(data, model, images), samples, progress, executor)
     passes = schemes.static(target, effort, **options)
-    return run(model, passes, statistics=statistics, observer=watch, started=started)
+    return run(model, passes, statistics=statistics, observer=watch, started=started, copy=held)
 
 
 def prune(
@@ -136,7 +136,7 @@ def prune(
         InputError: if the model cannot be loaded or the options make no sense.
     """
     passes: tuple[Pass, ...] = (*schemes.exact(), PruneMagnitude(sparsity=sparsity, **options))
-    return run(as_model(model), passes, started=started)
+    return run(as_model(model), passes, started=started, copy=_is_held(model))
 
 
 def load_statistics(path: str | Path) -> Observations:
@@ -151,6 +151,11 @@ def load_statistics(path: str | Path) -> Observations:
 def as_model(model: ModelLike) -> ir.Model:
     """The model itself, loaded if it is a path."""
     return model if isinstance(model, ir.Model) else load(model)
+
+
+def _is_held(model: ModelLike) -> bool:
+    """Whether the caller has the model, so that it must stay as it is."""
+    return isinstance(model, ir.Model)
 
 
 def as_data(source: Any, model: ir.Model, images: Images | None = None) -> Data:

@@ -44,24 +44,26 @@ def run(
     statistics: Statistics | None = None,
     observer: Observer | None = None,
     started: Callable[[str], None] | None = None,
+    copy: bool = True,
 ) -> Outcome:
-    """Apply `passes` to a copy of `model`; weights are shared with it, the graph is not.
+    """Apply `passes` to a copy of `model`, which shares its weights and not its graph.
 
     A calibrated pass gets `statistics` where they hold all that it wants; otherwise `observer`
     runs the model as it stands. Neighbours share one observation while nothing changes.
 
     Args:
-        model: left as it is.
+        model: left as it is, unless `copy` is False.
         passes: applied in this order.
         statistics: observed earlier, on a model with the same value names.
         observer: called when statistics are missing; without it the pass refuses, naming them.
         started: told the name of each pass before it runs.
+        copy: rewrite the model itself if False, which is for one that nobody else holds.
 
     Raises:
         InputError: if a pass lacks statistics or refuses its options.
     """
     with rarely_collected():
-        return _run(model.clone(), passes, statistics, observer, started)
+        return _run(model.clone() if copy else model, passes, statistics, observer, started)
 
 
 def _run(

@@ -178,7 +178,7 @@ def _start_unordered(
     """A session on `model` as optimized, that gives out `unordered` as its kernels leave them."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = _optimize(model, outputs, "all", title, Path(folder))
-        found = onnx.load_model(path, load_external_data=False)
+        found = onnx.ModelProto.FromString(path.read_bytes())
         _drop_reorders(found.graph, unordered)
         options.graph_optimization_level = _LEVELS["none"]
         options.add_session_config_entry(

@@ -1,39 +1,75 @@
-"""ONNX's own shape inference, held to what it can be trusted with."""
+"""ONNX's own shape inference, read back without making a second model of what it gives."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Generator
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from itertools import chain
+from typing import Final
 
+import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import shape_inference
+
+from onnxcompress.graph.scopes import subgraphs
+
+_LARGE: Final = 1024
+"""Bytes from which an initializer is no shape that others follow from, and stays out."""
 
 
 def infer(model: ir.Model) -> tuple[bool, str]:
     """Fill in types and shapes of inner values; what inputs and outputs say of themselves stays.
 
-    Returns whether anything was filled in, and why not where that failed: onnx_ir writes types of
-    sequences down as those of tensors, so models that compute with sequences are left alone.
+    Returns whether anything was filled in, and why not where inference failed.
+
+    Source: `onnx.shape_inference`.
     """
-    nodes = ir.traversal.RecursiveGraphIterator(model.graph)
-    if any("Sequence" in node.op_type or "Optional" in node.op_type for node in nodes):
-        return False, "values that are no tensors keep ONNX's inference from the model"
-    outputs = [(v, v.type, v.shape) for v in model.graph.outputs]
-    logger, complaints = logging.getLogger(shape_inference.__name__), _Complaints()
-    logger.addFilter(complaints)
     try:
-        modified = shape_inference.ShapeInferencePass()(model).modified
+        with _without_weights(model):
+            proto = ir.to_proto(model)
+        inferred = onnx.shape_inference.infer_shapes(
+            proto, check_type=True, strict_mode=True, data_prop=True
+        )
+    except Exception as error:  # it raises whatever its C++ or the serialization comes upon
+        return False, f"ONNX's shape inference failed: {' '.join(str(error).split())[:200]}"
+    return _adopt(model.graph, inferred.graph, set(model.graph.outputs)), ""
+
+
+@contextmanager
+def _without_weights(model: ir.Model) -> Generator[None]:
+    """Let large initializers be written down as references: inference reads only their shapes."""
+    taken: dict[ir.Value, ir.TensorProtocol] = {}
+    try:
+        for value in chain.from_iterable(g.initializers.values() for g in model.graphs()):
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes >= _LARGE:
+                taken[value] = tensor
+                shape = ir.Shape(tensor.shape.numpy())
+                value.const_value = ir.ExternalTensor(
+                    "weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=tensor.name or ""
+                )
+        yield
     finally:
-        logger.removeFilter(complaints)
-    for value, type_, shape in outputs:
-        value.type, value.shape = type_, shape
-    return modified, "ONNX's shape inference failed" if complaints.heard else ""
+        for value, tensor in taken.items():
+            value.const_value = tensor
 
 
-class _Complaints(logging.Filter):
-    """Hears what the inference logs when it fails, which is all that it does then."""
-
-    heard = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        self.heard = self.heard or record.levelno >= logging.WARNING
-        return False
+def _adopt(graph: ir.Graph, inferred: onnx.GraphProto, settled: AbstractSet[ir.Value]) -> bool:
+    values = {v.name: v for node in graph for v in node.outputs if v not in settled}
+    modified = False
+    for info in (*inferred.value_info, *inferred.output):
+        if (value := values.get(info.name)) is None:
+            continue
+        type_ = ir.serde.deserialize_type_proto_for_type(info.type)
+        shape = None
+        if isinstance(type_, ir.TensorType):
+            shape = ir.serde.deserialize_type_proto_for_shape(info.type)
+        if type_ is not None and type_ != value.type:
+            value.type, modified = type_, True
+        if shape is not None and shape != value.shape:
+            value.shape, modified = shape, True
+    for node, proto in zip(graph, inferred.node, strict=True):
+        bodies = (b for a in proto.attribute for b in ((a.g,) if a.HasField("g") else a.graphs))
+        for body, found in zip(subgraphs(node), bodies, strict=True):
+            modified |= _adopt(body, found, settled)
+    return modified

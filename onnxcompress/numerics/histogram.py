@@ -94,9 +94,12 @@ class RangeFreeHistogram:
         ends = np.array([self.minimum, self.maximum], np.float32)
         indices = bucket_index(ends)
         indices = np.where(indices == _NEGATIVE_ZERO, np.uint16(0), indices)  # as in `_one_zero`
-        buckets = np.union1d(self.buckets, indices)
-        counts = np.ones(len(buckets), np.int64)
-        counts[np.searchsorted(buckets, self.buckets)] = self.counts
+        buckets, counts = self.buckets, self.counts
+        near = np.minimum(np.searchsorted(buckets, indices), len(buckets) - 1)
+        if not len(buckets) or not np.array_equal(buckets[near], indices):
+            buckets = np.union1d(buckets, indices)
+            counts = np.ones(len(buckets), np.int64)
+            counts[np.searchsorted(buckets, self.buckets)] = self.counts
         bits = buckets.astype(np.uint32) << np.uint32(16)
         centres = (bits | np.where(bits == 0, 0, 0x8000).astype(np.uint32)).view(np.float32)
         order = np.argsort(centres)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Range = tuple[float, float]
 
-_GRID = 24
+_COARSE, _FINE = np.linspace(1 / 24, 1, 24), np.linspace(0, 1, 12)
 _ROUNDS = 2
 _BINS = 1024
 _CANDIDATES = 64
@@ -121,9 +121,8 @@ def expected_error(
 
 def _least_error(x: Array, counts: Array, full: Range, steps: int, symmetric: bool) -> Range:
     """A grid over both bounds (one where symmetric or one-sided), refined around its best."""
-    span: Array = np.linspace(1 / _GRID, 1, _GRID)
     best = full
-    lows, highs = (bound * span if bound else np.zeros(1) for bound in full)
+    lows, highs = (bound * _COARSE if bound else np.zeros(1) for bound in full)
     for _ in range(_ROUNDS):
         if symmetric:
             errors = expected_error(x, counts, -highs, highs, steps)
@@ -140,7 +139,7 @@ def _least_error(x: Array, counts: Array, full: Range, steps: int, symmetric: bo
 def _around(grid: Array, best: int) -> Array:
     """A finer grid between the neighbours of the best, which stays in it."""
     first, last = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    finer: Array = np.linspace(float(first), float(last), _GRID // 2)
+    finer: Array = first + (last - first) * _FINE
     return np.sort(np.append(finer, grid[best])) if len(grid) > 1 else grid
 
 
