@@ -90,11 +90,11 @@ class Session:
         self._title = title
         if frugal:
             _trim()
+        started: tuple[Any, list[Any]] | None = None
         if unordered and optimization == "all":
-            self._session = _start_unordered(model, outputs, unordered, options, title)
-            self._lent = list[Any]()
-        else:
-            self._session, self._lent = _start(model, outputs, options, title)
+            with suppress(InputError):  # ONNX Runtime cannot always read what it wrote
+                started = _start_unordered(model, outputs, unordered, options, title), []
+        self._session, self._lent = started or _start(model, outputs, options, title)
         if frugal:
             _trim()
         self._run_options = ort.RunOptions()
@@ -118,8 +118,11 @@ class Session:
             if self._as_values:
                 found = self._run_values(feed)
                 return {name: found[name] for name in self.outputs}
-            arrays = self._session.run(self.outputs, dict(feed), self._run_options)
-        return dict(zip(self.outputs, arrays, strict=True))
+            # Numbers that numpy makes of arrays without axes become arrays again.
+            arrays = {k: v for k, v in feed.items() if not isinstance(v, list)}
+            values = {**feed, **{k: np.asarray(v) for k, v in arrays.items()}}
+            outputs = self._session.run(self.outputs, values, self._run_options)
+        return dict(zip(self.outputs, outputs, strict=True))
 
     def _run_values(self, feed: Feed) -> dict[str, Array]:
         """Lists need a run of their own: they come as arrays only, foreign tensors never do."""
@@ -145,7 +148,8 @@ def optimized_model(model: ir.Model | Path, *, optimization: Optimization = "all
     title = str(model) if isinstance(model, Path) else repr(model.graph.name or "model")
     with tempfile.TemporaryDirectory() as folder:
         path = _optimize(model, None, optimization, title, Path(folder))
-        return ir.load(path)  # pyright: ignore[reportUnknownMemberType]
+        with _one_sentence(f"wrote {title} in a form that cannot be read", _EXPORT_AGAIN):
+            return ir.load(path)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _optimize(

@@ -348,3 +348,9 @@ def test_a_model_whose_insides_cannot_be_given_out_is_still_validated(
     found = compare(chain(), chain(), feeds())
     assert found.layers == () and found.outputs[0].sqnr == math.inf
     assert found.warnings == ("layers were not compared: ONNX Runtime refuses",)
+
+
+def test_a_lone_number_is_compared():
+    total = one("y = ReduceSum<keepdims=0>(x)", out="float")
+    (y,) = compare(total, total, feeds()).outputs
+    assert math.isinf(y.sqnr or 0)

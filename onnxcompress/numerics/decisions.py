@@ -72,7 +72,7 @@ class Agreement:
         a, b = squeeze_tail(original), squeeze_tail(candidate)
         if not is_float(a):
             self.best.add(np.equal(a, b))
-        elif a.ndim == 1:
+        elif a.ndim <= 1:
             self._probability &= bool(((a >= 0) & (a <= 1)).all())
             self.best.add(np.equal(a > 0.5, b > 0.5))
         elif self.classes is not False and a.ndim <= (3 if self.classes else 2):
