@@ -216,18 +216,32 @@ def test_qnn_has_sigmoid_and_tanh_on_the_scales_that_it_insists_on(
     assert sqnr(ir.from_proto(net.model()), model, feeds_of(net), "none") > 25
 
 
-def test_qnn_takes_what_reads_no_convolution_and_leaves_integers_alone() -> None:
+def test_operators_that_start_by_themselves_start_at_floats_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu, kernel = targets.load("cpu"), targets.Kernel(anchor=True)
+    starting = replace(cpu, kernels={**cpu.kernels, "Softmax": kernel, "Add": kernel})
+    monkeypatch.setattr(targets, "load", lambda name: starting)
     net = Net(opset=21)
-    x = net.op("Transpose", net.input("x", *IMAGE), perm=[0, 1, 3, 2])
-    net.op("Softmax", x, out="y", axis=1)
-    net.op("Gather", net.op("Shape", x), ints(net, 0, 1), out="z")
+    net.op("Softmax", net.input("x", *IMAGE), out="y", axis=1)
+    net.op("Cast", net.op("Add", net.op("Shape", "x"), ints(net, 1)), out="z", to=1)
     net.output("y")
-    net.nodes.append(onnx.helper.make_node("Cast", ["z"], ["f"], "cast", to=1))
-    net.output("f")
-    model = made_for("qnn", None, net)
-    assert len(list(pairs(model))) == 3
-    (gather,) = (n for n in model.graph if n.op_type == "Gather")
-    assert pair_of(gather.inputs[0]) is None
+    net.output("z")
+    model = made_for("cpu", None, net)
+    assert len(list(pairs(model))) == 2
+    (add,) = (n for n in model.graph if n.op_type == "Add")
+    assert pair_of(add.inputs[0]) is None and pair_of(add.outputs[0]) is None
+
+
+@pytest.mark.parametrize("target", QUANTIZING)
+def test_what_prepares_raw_data_stays_in_float(target: str) -> None:
+    net = Net(opset=21)
+    scaled = net.op("Mul", net.input("x", *IMAGE), net.normal("k", 8, 1, 1))
+    net.op("Relu", conv(net, net.op("Add", scaled, net.normal("c", 8, 1, 1))), out="y")
+    net.output("y")
+    quantizers = [node for node, _, _ in pairs(made_for(target, None, net))]
+    makers = {n.inputs[0].producer().op_type for n in quantizers if n.inputs[0]}  # pyright: ignore[reportOptionalMemberAccess]
+    assert makers <= {"Add", "Relu"}
 
 
 def test_a_split_is_tied_to_each_of_its_parts() -> None:
