@@ -79,11 +79,12 @@ def compress(
 
     Tries static and dynamic quantization and the exact rewrites alone; or the recipe or scheme
     that was asked for, and the exact rewrites where it fails. Where static quantization loses more
-    than the gates allow, layers go back to float until it does not (`mixed.mix`). Each variant is
-    saved, run beside the original on held-out data, and timed in turns with it. Of those that pass
-    all gates the one with the least product of latency and size is kept; among equals, the most
-    faithful. Where none passes the default gates, the model is written as it came. For a target
-    that this machine does not run nothing is timed, and latency decides nothing.
+    than the gates allow, activations take 16 bits if the target has kernels for them, and then
+    layers go back to float until it holds (`mixed.mix`). Each variant is saved, run beside the
+    original on held-out data, and timed in turns with it. Of those that pass all gates the one
+    with the least product of latency and size is kept; among equals, the most faithful. Where none
+    passes the default gates, the model is written as it came. For a target that this machine does
+    not run nothing is timed, and latency decides nothing.
 
     Args:
         calibrate: data that static quantization observes; without it only dynamic is tried.
@@ -132,6 +133,7 @@ def compress(
             break
         job.attempt(name, passes)
         job.check_budget()
+        job.widen(effort)
         job.mix()
     best = job.best()
     report = job.report(best)
@@ -293,6 +295,14 @@ class _Job:
             if result.gate in asked and result.figure is None:
                 raise InputError(f"the budget cannot be held: {result.reason}")
 
+    def widen(self, effort: schemes.Effort) -> None:
+        """Where static int8 misses a gate on quality, try activations of 16 bits: all integers."""
+        found = (d for d in self.runtime.activations.alternatives if d.endswith("16"))
+        wide, variant = next(found, None), self.variants[-1] if self.variants else None
+        if wide and variant and variant.scheme == "static" and variant.misses_quality:
+            passes = schemes.static(self.target, effort, activations=wide)
+            self.attempt(f"static, {wide} activations", passes)
+
     def mix(self) -> None:
         """Return layers of the last variant to float where it misses a gate on quality."""
         variant = self.variants[-1] if self.variants else None
@@ -380,13 +390,16 @@ class _Job:
         return dataclasses.replace(
             best.report if best else bare,
             attempts=(*self.attempts, *story),
-            mixed=self.mixed,
+            mixed=self.mixed and dataclasses.replace(self.mixed, kept=self._is_mixed(best)),
             notes=tuple(self.notes),
             versions=versions(),
             measured=dataclasses.replace(
                 best.report.measured if best else Measured(), seconds=dict(self.seconds)
             ),
         )
+
+    def _is_mixed(self, best: Variant | None) -> bool:
+        return best is not None and any(r.name == "restore_float" for r in best.outcome.records)
 
     @contextmanager
     def timed(self, name: str) -> Generator[None]:

@@ -91,6 +91,8 @@ class Mixed:
     min_sqnr: float | None = None
     """What the budget asked for, if that."""
     max_loss: float | None = None
+    kept: bool = False
+    """Whether the candidate that was chosen became the result."""
 
 
 Judge = Callable[[ir.Model], Verdict]

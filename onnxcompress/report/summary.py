@@ -172,6 +172,11 @@ def kernel_parts(report: Report, most: int) -> list[tuple[str, str, str, str, st
     ]
 
 
+def kernel_fate(report: Report) -> str:
+    """What the last column of `kernel_parts` says: of the result, or of a candidate."""
+    return "now in" if report.mixed and report.mixed.kept else "would be in"
+
+
 def shorten(text: str, width: int) -> str:
     """`text` in `width` characters, cut in the middle: both ends of a tensor's name tell most."""
     if len(text) <= width:

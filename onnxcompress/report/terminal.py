@@ -15,6 +15,7 @@ from onnxcompress.report.summary import (
     cost_rows,
     decibels,
     headline,
+    kernel_fate,
     kernel_parts,
     passes_done,
     percent,
@@ -118,10 +119,8 @@ def _layers(report: Report) -> Table:
 
 
 def _parts(report: Report) -> Table:
-    table = _table(
-        "layers by sensitivity", "kernel", "operator", "of noise", "of arithmetic", "now in",
-        right=(2, 3),
-    )  # fmt: skip
+    columns = ("kernel", "operator", "of noise", "of arithmetic", kernel_fate(report))
+    table = _table("layers by sensitivity", *columns, right=(2, 3))
     for name, *rest in kernel_parts(report, _WORST_PARTS):
         table.add_row(Text(shorten(name, _NAME)), *map(Text, rest))
     return table
