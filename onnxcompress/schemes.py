@@ -19,11 +19,13 @@ from onnxcompress.passes.raise_opset import RaiseOpset
 from onnxcompress.passes.remove_unused import RemoveUnused
 from onnxcompress.passes.round_second_order import RoundSecondOrder
 from onnxcompress.passes.shield_floats import ShieldFloats
+from onnxcompress.passes.smooth import Smooth
 from onnxcompress.passes.split_transposed import SplitTransposed
 from onnxcompress.passes.write_as_add import WriteAsAdd
 
 Effort = Literal["fast", "thorough"]
 Half = Literal["float16", "bfloat16"]
+Patterns = tuple[str, ...]
 _WITHOUT_PAIRS = ("LSTM", "Gather")
 _BFLOAT16_OPSET = 22  # Conv and the pools take it from there on
 _BLOCKS_OPSET = 21  # DequantizeLinear with a block_size
@@ -49,7 +51,9 @@ def before_static(
     )
 
 
-def static(target: str = "cpu", effort: Effort = "fast", **options: Any) -> tuple[Pass, ...]:
+def static(
+    target: str = "cpu", effort: Effort = "fast", *, packed: Patterns = (), **options: Any
+) -> tuple[Pass, ...]:
     """Weights and activations as integers; `options` are those of `InsertQdq`.
 
     Recurrent weights and tables of embeddings, which no pair reaches, are quantized by themselves.
@@ -57,13 +61,17 @@ def static(target: str = "cpu", effort: Effort = "fast", **options: Any) -> tupl
     Args:
         effort: fast rounds to nearest; thorough first brings channels to alike ranges, rounds by
             each layer's output and corrects biases, for which it runs the model several times.
+        packed: patterns of nodes that get weights in 4 bits instead, and compute in float.
     """
     thorough = effort == "thorough"
+    if packed:
+        options["exclude"] = (*options.get("exclude", ()), *packed)
     return (
         *before_static(target, options.get("activations")),
-        *((Equalize(),) if thorough else ()),
+        *((Equalize(), Smooth()) if thorough else ()),
         InsertQdq(target=target, **options),
         *((RoundSecondOrder(target=target), CorrectBias(target=target)) if thorough else ()),
+        *_in_four_bits(target, packed),
         ShieldFloats(target=target),
         without_pairs(target),
         RemoveUnused(),
@@ -75,11 +83,20 @@ def without_pairs(target: str = "cpu") -> QuantizeDynamic:
     return QuantizeDynamic(target=target, include=_WITHOUT_PAIRS)
 
 
-def dynamic(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
-    """Weights as integers, activations at run time; `options` are those of `QuantizeDynamic`."""
+def _in_four_bits(target: str, packed: Patterns) -> tuple[Pass, ...]:
+    return (QuantizeWeights(target=target, include=packed),) if packed else ()
+
+
+def dynamic(target: str = "cpu", *, packed: Patterns = (), **options: Any) -> tuple[Pass, ...]:
+    """Weights as integers, activations at run time; `options` are those of `QuantizeDynamic`.
+
+    Args:
+        packed: patterns of nodes that get weights in 4 bits instead, and compute in float.
+    """
     opset = RaiseOpset(minimum=targets.load(target).opset)
     quantize = QuantizeDynamic(target=target, **options)
-    return (*exact(), opset, InferShapes(), quantize, RemoveUnused())
+    few = _in_four_bits(target, packed)
+    return (*exact(), opset, InferShapes(), *few, quantize, RemoveUnused())
 
 
 def weights(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
@@ -96,5 +113,5 @@ def half(dtype: Half, target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
     """
     runtime = targets.load(target)
     least = _BFLOAT16_OPSET if dtype == "bfloat16" else 13
-    convert = ConvertFloat16(**{"dtype": dtype, "compute": dtype in runtime.floats, **options})
+    convert = ConvertFloat16(dtype=dtype, compute=dtype in runtime.floats, **options)
     return (*exact(), RaiseOpset(minimum=least), InferShapes(), convert, RemoveUnused())
