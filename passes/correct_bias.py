@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 import numpy as np
@@ -58,19 +58,21 @@ class CorrectBias(CalibratedPass):
     """Rows of a layer's input to keep in all."""
     rows_each: int = 32
     """Rows to take of one feed at most."""
+    feeds: int = 32
+    """Feeds to run at most, spread over the data; means need fewer than ranges."""
     clipping: bool = True
     """Also correct for what rounding the data takes: observing it costs a run in float."""
 
     def __post_init__(self) -> None:
-        if min(self.rows, self.rows_each) < 1:
-            raise InputError("correct_bias needs rows and rows_each of at least 1")
+        if min(self.rows, self.rows_each, self.feeds) < 1:
+            raise InputError("correct_bias needs rows, rows_each and feeds of at least 1")
 
     def wants(self, model: ir.Model) -> Sequence[Want]:
         kernels, _ = _with_bias(model.graph)
         wants = [kernel.want(self.rows, self.rows_each) for kernel in kernels]
         if self.clipping:
             wants += [want for kernel in kernels for want in _means(kernel)]
-        return list(dict.fromkeys(wants))
+        return [replace(want, feeds=self.feeds) for want in dict.fromkeys(wants)]
 
     def call(self, model: ir.Model) -> Result:
         kernels, skips = _with_bias(model.graph)

@@ -121,14 +121,11 @@ class QuantizedKernel:
         return True
 
     def want(self, rows: int, rows_each: int) -> Want:
-        """A sample of the rows that it multiplies by its weight.
-
-        It is taken from twice the feeds that would fill it, for what some of them are short of.
-        """
+        """A sample of the rows that it multiplies by its weight, of the feeds that fill it."""
         patches = Patches(fill=self.data_zero, rows=rows, rows_each=rows_each)
         if self.node.op_type == "Conv":
             patches = dataclasses.replace(patches, **self._window())
-        feeds = -(-2 * rows // rows_each)
+        feeds = -(-rows // rows_each)
         return Want(self.data.name or "", Kind.ROWS, patches=patches, feeds=feeds)
 
     def rows(self, sample: Array) -> npt.NDArray[np.float32]:
