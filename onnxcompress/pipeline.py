@@ -81,7 +81,7 @@ def _run(
         if isinstance(pass_, CalibratedPass):
             if observer is not None:
                 wants = pass_.wants(model)
-                if statistics is None or statistics.missing(wants):
+                if wants and (statistics is None or statistics.missing(wants)):
                     statistics = observer(model, wants)
             pass_ = dataclasses.replace(pass_, statistics=statistics)
         result = pass_(model)

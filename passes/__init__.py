@@ -21,6 +21,7 @@ from onnxcompress.passes.restore_float import RestoreFloat
 from onnxcompress.passes.round_second_order import RoundSecondOrder
 from onnxcompress.passes.settle_initializers import SettleInitializers
 from onnxcompress.passes.shield_floats import ShieldFloats
+from onnxcompress.passes.smooth import Smooth
 from onnxcompress.passes.split_transposed import SplitTransposed
 from onnxcompress.passes.write_as_add import WriteAsAdd
 
@@ -45,6 +46,7 @@ ALL: tuple[type[Pass], ...] = (
     FuseGemm,
     PruneMagnitude,
     Equalize,
+    Smooth,
     InsertQdq,
     RoundSecondOrder,
     CorrectBias,

@@ -10,16 +10,21 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.contract import Array, CalibratedPass, Kind, Result, Want
+from onnxcompress.contract import Array, CalibratedPass, Kind, Result, Skip, Want
 from onnxcompress.errors import InputError
 from onnxcompress.graph.names import FreshNames
-from onnxcompress.operators import DEFAULT_DOMAINS, constant, constant_tensor, int_attribute
-
-_HOMOGENEOUS: Final = frozenset(
-    {"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"}
+from onnxcompress.operators import (
+    DEFAULT_DOMAINS,
+    HOMOGENEOUS,
+    constant,
+    constant_tensor,
+    int_attribute,
+    output_range,
 )
-"""f(s·x) = s·f(x) for s > 0, channel by channel (the second axis)."""
+
 _FAINT: Final = 1e-3
+_FEEDS: Final = 32
+"""Enough to tell which channels are large: half of an error in a logarithm is what is done."""
 _LAYERS: Final = ("Conv", "Gemm")
 
 
@@ -36,14 +41,14 @@ class _Pair:
 
     @property
     def want(self) -> Want:
-        return Want(self.value.name or "", Kind.CHANNEL_RANGE, axis=1)
+        return Want(self.value.name or "", Kind.CHANNEL_RANGE, axis=1, feeds=_FEEDS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Equalize(CalibratedPass):
     """Scale each channel between two layers so that one scale a tensor serves all of them.
 
-    For s > 0 and a homogeneous f, as ReLU, LeakyReLU and pooling are::
+    For s > 0 and a homogeneous f, as ReLU, LeakyReLU, PReLU and pooling are::
 
         W₂ f(W₁ x + b₁)  =  (W₂ S) f(S⁻¹ W₁ x + S⁻¹ b₁)
 
@@ -53,9 +58,12 @@ class Equalize(CalibratedPass):
     way (strength 0.5) is the balance. Exact up to rounding in the last bit of float32. The values
     in between are named anew, since they no longer are what they were in the original.
 
-    Declines silently where two layers are not joined by such functions alone: a value that is
-    read twice or exported, a bounded activation (ReLU6), weights that are computed, shared or not
-    float32. Goes into the main graph only. A second run on the same statistics would scale again.
+    Declines, with a line in the report, behind a layer whose output has a bound (ReLU6, Clip): it
+    would be another one for each channel, which only a Min of its own could hold, in float between
+    integer kernels. On MobileNetV2 that cost more than it could gain. Declines too where the
+    layer's output is exported or has several readers; silently where other operators stand
+    between two layers, or weights are computed, shared or not float32. Goes into the main graph
+    only. A second run on the same statistics would scale again.
 
     Source: Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction,
     2019, section 4.1; Xiao et al., SmoothQuant, 2023, for the balance of activations and weights.
@@ -72,12 +80,13 @@ class Equalize(CalibratedPass):
             raise InputError(f"equalize: strength {self.strength} is not from 0 to 1")
 
     def wants(self, model: ir.Model) -> Sequence[Want]:
-        return [pair.want for pair in _pairs(model.graph)]
+        return [pair.want for pair in _pairs(model.graph)[0]]
 
     def call(self, model: ir.Model) -> Result:
-        pairs = _pairs(model.graph)
+        pairs, skips = _pairs(model.graph)
         if not pairs or not self.strength:
-            return Result(model, modified=False, figures={"pairs of layers": 0})
+            figures = {"pairs of layers": 0}
+            return Result(model, modified=False, skips=tuple(skips), figures=figures)
         statistics = self.observed([pair.want for pair in pairs])
         fresh = FreshNames(model.graph)
         for pair in pairs:
@@ -86,7 +95,8 @@ class Equalize(CalibratedPass):
             _scale(pair, _factors(ranges, self.strength))
             for value in _between(pair):
                 value.name = fresh(f"{value.name}_equalized")
-        return Result(model, modified=True, figures={"pairs of layers": len(pairs)})
+        figures = {"pairs of layers": len(pairs)}
+        return Result(model, modified=True, skips=tuple(skips), figures=figures)
 
 
 def _factors(ranges: npt.NDArray[np.float64], strength: float) -> npt.NDArray[np.float64]:
@@ -98,14 +108,16 @@ def _factors(ranges: npt.NDArray[np.float64], strength: float) -> npt.NDArray[np
     return np.exp(strength * (np.log(ranges) - np.log(ranges).mean()))
 
 
-def _pairs(graph: ir.Graph) -> list[_Pair]:
+def _pairs(graph: ir.Graph) -> tuple[list[_Pair], list[Skip]]:
     found: list[_Pair] = []
+    skips: list[Skip] = []
     for node in graph:
-        if _is_layer(node):
-            second = _reader(node)
-            if second is not None:
-                found.append(_Pair(node, second))
-    return found
+        second = _reader(node) if _is_layer(node) else None
+        if isinstance(second, ir.Node):
+            found.append(_Pair(node, second))
+        elif second is not None:
+            skips.append(Skip(node.name or "", node.op_type, second))
+    return found, skips
 
 
 def _is_layer(node: ir.Node) -> bool:
@@ -128,8 +140,11 @@ def _is_layer(node: ir.Node) -> bool:
     return bias is None or bias.shape.rank() == 1
 
 
-def _reader(node: ir.Node) -> ir.Node | None:
-    """The one layer that reads the node's output, through homogeneous functions alone."""
+def _reader(node: ir.Node) -> ir.Node | str | None:
+    """The one layer that reads the node's output, through homogeneous functions alone.
+
+    Or why there is none, where it looks as if there were.
+    """
     value = node.outputs[0]
     while not value.is_graph_output() and len(value.uses()) == 1:
         (usage,) = value.uses()
@@ -138,12 +153,14 @@ def _reader(node: ir.Node) -> ir.Node | None:
             return None
         if _is_layer(reader) and reader.op_type == node.op_type:
             return reader
-        if reader.op_type not in _HOMOGENEOUS or reader.domain not in DEFAULT_DOMAINS:
+        if np.isfinite(output_range(reader) or np.inf).all():
+            return f"the {reader.op_type} behind it has a bound, which each channel would scale"
+        if reader.op_type not in HOMOGENEOUS or reader.domain not in DEFAULT_DOMAINS:
             return None
         if len(reader.outputs) != 1:
             return None
         value = reader.outputs[0]
-    return None
+    return "what it computes is exported or read more than once"
 
 
 def _between(pair: _Pair) -> list[ir.Value]:

@@ -18,6 +18,8 @@ from onnxcompress.numerics.smoothing import smoothing_factors
 from onnxcompress.operators import Role, constant_tensor, operator
 
 _ROWS: Final = Patches(rows=1024, rows_each=32)
+_FEEDS: Final = 32
+"""As many as fill the sample."""
 _LEAST_GAIN: Final = 0.2
 _LEAST_GAIN_OF_NODE: Final = 1.0
 _FEWEST_OUTPUTS: Final = 256
@@ -58,7 +60,7 @@ class Smooth(CalibratedPass):
     name: ClassVar[str] = "smooth"
     exact: ClassVar[bool] = True
 
-    insert: bool = False
+    insert: bool = True
     """Multiply before matrix products where nothing earlier can take the factors."""
 
     def wants(self, model: ir.Model) -> Sequence[Want]:
@@ -157,7 +159,8 @@ def _apply(folding: Folding, value: ir.Value, site: Site, factors: Array, gain: 
 
 def _wants(value: ir.Value) -> list[Want]:
     name = value.name or ""
-    return [Want(name, Kind.CHANNEL_RANGE, axis=-1), Want(name, Kind.ROWS, patches=_ROWS)]
+    ranges = Want(name, Kind.CHANNEL_RANGE, axis=-1, feeds=_FEEDS)
+    return [ranges, Want(name, Kind.ROWS, patches=_ROWS, feeds=_FEEDS)]
 
 
 def _data(node: ir.Node, folding: Folding) -> ir.Value | None:

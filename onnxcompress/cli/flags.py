@@ -61,8 +61,8 @@ def effort(default: str) -> Callable[[Any], Any]:
         type=click.Choice(["fast", "thorough"]),
         default=default,
         show_default=True,
-        help="thorough also equalizes channels, rounds weights by each layer's output and corrects "
-        "biases (static).",
+        help="thorough also equalizes and smooths channels, rounds weights by each layer's output "
+        "and corrects biases (static).",
     )
 
 

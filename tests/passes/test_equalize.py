@@ -51,14 +51,15 @@ def ranges(model: ir.Model, name: str, feeds: list[dict[str, Any]]) -> np.ndarra
     return np.max([np.abs(session.run(feed)[name]).max(axis=(0, 2, 3)) for feed in feeds], axis=0)
 
 
-@pytest.mark.parametrize("between", ["none", "Relu", "LeakyRelu", "MaxPool"])
+@pytest.mark.parametrize("between", ["none", "Relu", "LeakyRelu", "PRelu", "MaxPool"])
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_ranges_come_together(between: str, group: int) -> None:
     net = Net()
     x = inner = spread_conv(net, net.input("x", *IMAGE))
     if between != "none":
         attrs: dict[str, Any] = {"kernel_shape": [2, 2]} if between == "MaxPool" else {}
-        x = net.op(between, x, **attrs)
+        slopes = [net.weight("slopes", np.linspace(-1, 1, 8)[:, None, None])]
+        x = net.op(between, x, *(slopes if between == "PRelu" else []), **attrs)
     net.op("Relu", conv(net, x, group=group), out="y")
     net.output("y")
     before = ranges(ir.from_proto(net.model()), inner, feeds_of(net))
@@ -95,14 +96,17 @@ def curved(net: Net, x: str) -> str:
     return net.op("Tanh", x)
 
 
-@pytest.mark.parametrize("between", [clipped, exported, curved])
-def test_what_is_not_homogeneous_stays(between: Any) -> None:
+@pytest.mark.parametrize(
+    ("between", "reason"), [(clipped, "bound"), (exported, "exported"), (curved, "bound")]
+)
+def test_what_is_not_homogeneous_stays(between: Any, reason: str) -> None:
     net = Net()
     x = between(net, spread_conv(net, net.input("x", *IMAGE)))
     net.op("Relu", conv(net, x), out="y")
     net.output("y")
     _, result = equalized(net)
     assert not result.modified
+    assert reason in result.skips[0].reason
 
 
 def test_shared_weights_stay() -> None:
