@@ -55,7 +55,7 @@ class ShieldFloats(Pass):
             return Result(model, modified=False)
         fresh = FreshNames(graph)
         shielded, skips = 0, list[Skip]()
-        for node in graph:
+        for node in list(ir.traversal.RecursiveGraphIterator(graph)):
             way = _way_from_integers(node)
             if way is None:
                 continue

@@ -61,8 +61,9 @@ class Integers:
 
     @classmethod
     def of(cls, graph: ir.Graph, target: Target) -> Integers:
-        """Read the main graph; pairs that something unknown reads are left out."""
-        kernels = {node: None for node in graph if _runs_on_integers(node, target)}
+        """Read the graph and its bodies; pairs that something unknown reads are left out."""
+        nodes = list(ir.traversal.RecursiveGraphIterator(graph))
+        kernels = {node: None for node in nodes if _runs_on_integers(node, target)}
         makers = {
             output: node
             for node in kernels
@@ -71,7 +72,7 @@ class Integers:
         }
         pairs = (
             _pair(node, target, kernels, makers)
-            for node in graph
+            for node in nodes
             if node.op_type == "QuantizeLinear" and node.domain in DEFAULT_DOMAINS
         )
         return cls(graph, tuple(kernels), tuple(p for p in pairs if p is not None))

@@ -21,6 +21,7 @@ from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.remove_unused import RemoveUnused
+from onnxcompress.passes.restore_float import RestoreFloat
 from onnxcompress.passes.round_second_order import RoundSecondOrder
 from onnxcompress.pipeline import run
 from onnxcompress.session import Session
@@ -185,6 +186,18 @@ def test_rounding_and_bias_correction_go_inside() -> None:
     after, result = quantized(model, feeds, RoundSecondOrder(), CorrectBias())
     assert result.figures["layers"] == 4 and result.modified  # a new bias inside the branch
     assert sqnr(model, after, feeds) > sqnr(model, plain, feeds) + 0.3
+
+
+@pytest.mark.parametrize("text", [BRANCHES, LOOP, SCAN, NESTED], ids="ilsn")
+def test_kernels_inside_bodies_return_to_float(text: str) -> None:
+    model = model_of(text)
+    feeds = feeds_of(model)
+    after, _ = quantized(model, feeds)
+    assert RestoreFloat(nodes=("*",))(after).modified
+    RemoveUnused()(after)
+    onnx.checker.check_model(ir.to_proto(after), full_check=True)
+    assert audit(after, feeds[0]).integer_macs == 0
+    assert sqnr(model, after, feeds) > 100
 
 
 def test_layers_inside_bodies_are_compared() -> None:
