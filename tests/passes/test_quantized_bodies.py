@@ -31,7 +31,7 @@ from onnxcompress.validation.audit import audit
 Feed = dict[str, Any]
 MACS = 36 * 8 * 72
 """Of one convolution here."""
-WEIGHTS = {"b": (8,)} | {name: (8, 8, 3, 3) for name in "wvqr"}
+WEIGHTS = {"b": (8,)} | dict.fromkeys("wvqr", (8, 8, 3, 3))
 CONV = "Conv<pads=[1,1,1,1]>"
 
 BRANCHES = f"""<ir_version: 8, opset_import: ["" : 17]>
