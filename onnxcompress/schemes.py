@@ -10,6 +10,7 @@ from onnxcompress.passes import EXACT
 from onnxcompress.passes.convert_float16 import ConvertFloat16
 from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.equalize import Equalize
+from onnxcompress.passes.forget_shapes import ForgetShapes
 from onnxcompress.passes.fuse_gemm import FuseGemm
 from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.insert_qdq import InsertQdq
@@ -26,6 +27,7 @@ from onnxcompress.passes.write_as_add import WriteAsAdd
 Effort = Literal["fast", "thorough"]
 Half = Literal["float16", "bfloat16"]
 Patterns = tuple[str, ...]
+_LAST = (RemoveUnused(), ForgetShapes())
 _WITHOUT_PAIRS = ("LSTM", "Gather")
 _BFLOAT16_OPSET = 22  # Conv and the pools take it from there on
 _BLOCKS_OPSET = 21  # DequantizeLinear with a block_size
@@ -74,7 +76,7 @@ def static(
         *_in_four_bits(target, packed),
         ShieldFloats(target=target),
         without_pairs(target),
-        RemoveUnused(),
+        *_LAST,
     )
 
 
@@ -96,14 +98,14 @@ def dynamic(target: str = "cpu", *, packed: Patterns = (), **options: Any) -> tu
     opset = RaiseOpset(minimum=targets.load(target).opset)
     quantize = QuantizeDynamic(target=target, **options)
     few = _in_four_bits(target, packed)
-    return (*exact(), opset, InferShapes(), *few, quantize, RemoveUnused())
+    return (*exact(), opset, InferShapes(), *few, quantize, *_LAST)
 
 
 def weights(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
     """Weights in few bits, arithmetic in float; `options` are those of `QuantizeWeights`."""
     opset = RaiseOpset(minimum=max(_BLOCKS_OPSET, targets.load(target).opset))
     quantize = QuantizeWeights(target=target, **options)
-    return (*exact(), opset, SplitTransposed(), InferShapes(), quantize, RemoveUnused())
+    return (*exact(), opset, SplitTransposed(), InferShapes(), quantize, *_LAST)
 
 
 def half(dtype: Half, target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
@@ -114,4 +116,4 @@ def half(dtype: Half, target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
     runtime = targets.load(target)
     least = _BFLOAT16_OPSET if dtype == "bfloat16" else 13
     convert = ConvertFloat16(dtype=dtype, compute=dtype in runtime.floats, **options)
-    return (*exact(), RaiseOpset(minimum=least), InferShapes(), convert, RemoveUnused())
+    return (*exact(), RaiseOpset(minimum=least), InferShapes(), convert, *_LAST)

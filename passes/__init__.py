@@ -8,6 +8,7 @@ from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fold_batchnorm import FoldBatchnorm
 from onnxcompress.passes.fold_constants import FoldConstants
 from onnxcompress.passes.fold_scales import FoldScales
+from onnxcompress.passes.forget_shapes import ForgetShapes
 from onnxcompress.passes.fuse_gemm import FuseGemm
 from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.insert_qdq import InsertQdq
@@ -55,4 +56,5 @@ ALL: tuple[type[Pass], ...] = (
     QuantizeDynamic,
     QuantizeWeights,
     ConvertFloat16,
+    ForgetShapes,
 )

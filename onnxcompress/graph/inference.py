@@ -15,6 +15,8 @@ from onnxcompress.graph.scopes import subgraphs
 
 _LARGE: Final = 1024
 """Bytes from which an initializer is no shape that others follow from, and stays out."""
+_INFERRED: Final = "onnxcompress.inferred"
+"""Marks, in `Value.meta`, what had no type before."""
 
 
 def infer(model: ir.Model) -> tuple[bool, str]:
@@ -33,6 +35,20 @@ def infer(model: ir.Model) -> tuple[bool, str]:
     except Exception as error:  # it raises whatever its C++ or the serialization comes upon
         return False, f"ONNX's shape inference failed: {' '.join(str(error).split())[:200]}"
     return _adopt(model.graph, inferred.graph, set(model.graph.outputs)), ""
+
+
+def forget(model: ir.Model) -> bool:
+    """Take back what was inferred of values that had no type; whether there was any."""
+    found = [
+        value
+        for graph in model.graphs()
+        for node in graph
+        for value in node.outputs
+        if value.meta.pop(_INFERRED, False)
+    ]
+    for value in found:
+        value.type = value.shape = None
+    return bool(found)
 
 
 @contextmanager
@@ -65,6 +81,8 @@ def _adopt(graph: ir.Graph, inferred: onnx.GraphProto, settled: AbstractSet[ir.V
         if isinstance(type_, ir.TensorType):
             shape = ir.serde.deserialize_type_proto_for_shape(info.type)
         if type_ is not None and type_ != value.type:
+            if value.type is None:
+                value.meta[_INFERRED] = True
             value.type, modified = type_, True
         if shape is not None and shape != value.shape:
             value.shape, modified = shape, True

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxcompress.contract import Result
+from onnxcompress.passes.forget_shapes import ForgetShapes
 from onnxcompress.passes.fuse_gemm import FuseGemm
 from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.settle_initializers import SettleInitializers
@@ -103,6 +104,25 @@ def test_inner_shapes_are_inferred_and_outputs_left_as_declared() -> None:
     inner = next(v for node in model.graph for v in node.outputs if v.name == "h")
     assert inner.dtype == ir.DataType.FLOAT and str(inner.shape) == "[N,4]"
     assert str(model.graph.outputs[0].shape) == "[batch,None]" and result.modified
+
+
+def test_only_what_was_inferred_is_forgotten() -> None:
+    net = Net()
+    h = net.op("MatMul", net.input("x", "N", 5), net.normal("w", 5, 4))
+    kept = net.op("Relu", h)
+    net.op("Neg", kept, out="y")
+    net.output("y", ["N", 4])
+    model = ir.from_proto(net.model())
+    exported = set(model.graph.outputs)
+    inner = {v.name: v for node in model.graph for v in node.outputs if v not in exported}
+    for value in inner.values():
+        value.type = value.shape = None
+    inner[kept].type = ir.TensorType(ir.DataType.FLOAT)
+    assert InferShapes()(model).modified and inner[h].shape is not None
+    assert ForgetShapes()(model).modified and not ForgetShapes()(model).modified
+    assert inner[h].type is None and inner[kept].dtype == ir.DataType.FLOAT
+    (output,) = model.graph.outputs
+    assert output.dtype == ir.DataType.FLOAT
 
 
 def test_a_model_that_cannot_be_inferred_stays() -> None:
