@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -23,6 +24,7 @@ from onnxcompress.mixed import Mixed, mix
 from onnxcompress.model_io import check_writable, load, save
 from onnxcompress.pipeline import Outcome, run
 from onnxcompress.recipe import Recipe
+from onnxcompress.regions import memory_bound
 from onnxcompress.report import Attempt, Measured, ModelFile, Report, check
 from onnxcompress.report.gating import MEASURED
 from onnxcompress.session import Feed
@@ -260,11 +262,34 @@ class _Job:
                 raise InputError("the static scheme needs calibration data: give some")
         if recipe is None and scheme in ("auto", "dynamic") and kernels["dynamic"]:
             yield "dynamic", schemes.dynamic(self.target)
+        if recipe is None and scheme == "auto" and (found := self.by_region(effort)):
+            yield found
         if recipe is None and scheme == "weights":
             yield "weights", schemes.weights(self.target, **blocks)
         if recipe is None and scheme in ("float16", "bfloat16"):
             yield scheme, schemes.half(scheme, self.target)
         yield _EXACT, schemes.exact()
+
+    def by_region(self, effort: schemes.Effort) -> tuple[str, Passes] | None:
+        """The best scheme so far with 4-bit weights where products wait for memory, if any do."""
+        kinds = {"static": partial(schemes.static, effort=effort), "dynamic": schemes.dynamic}
+        best = self.best() if self.passing() else None
+        if best is None or best.scheme not in kinds or not self.runtime.measurable:
+            return None
+        try:
+            with self.timed("regions"):
+                feed = next(iter(self.evaluation))
+                packed = memory_bound(
+                    self.model,
+                    best.outcome.model,
+                    feed,
+                    target=self.target,
+                    threads=self.threads,
+                )
+        except InputError:  # what cannot be profiled stays in one scheme
+            return None
+        name = f"{best.scheme}, large products in 4 bits"
+        return (name, kinds[best.scheme](self.target, packed=packed)) if packed else None
 
     def attempt(self, name: str, passes: Passes) -> None:
         """Make a variant and measure it beside the original; a model it cannot make is noted."""
