@@ -387,6 +387,7 @@ def test_spread_takes_feeds_evenly(count: int, n: int, start: int):
     data = replace(open_data({"x": x, "labels": np.arange(count + start)}, ROW), start=start)
     some = data.spread(n)
     assert len(some) == min(n, count)
+    assert some.labels is not None
     np.testing.assert_array_equal(values(some), x[some.labels])
     gaps = np.diff([start, *some.labels, count + start])
     assert gaps[0] == 0 and gaps[1:].max() - gaps[1:].min() <= 1

@@ -44,9 +44,10 @@ def forget(model: ir.Model) -> bool:
         for graph in model.graphs()
         for node in graph
         for value in node.outputs
-        if value.meta.pop(_INFERRED, False)
+        if _INFERRED in value.meta
     ]
     for value in found:
+        del value.meta[_INFERRED]
         value.type = value.shape = None
     return bool(found)
 
