@@ -23,8 +23,8 @@ from onnxcompress.operators import (
 )
 
 _FAINT: Final = 1e-3
-_FEEDS: Final = 32
-"""Enough to tell which channels are large: half of an error in a logarithm is what is done."""
+_FEEDS: Final = 64
+"""Feeds that tell how far each channel reaches, well enough for half of the way."""
 _LAYERS: Final = ("Conv", "Gemm")
 
 
