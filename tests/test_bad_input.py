@@ -222,7 +222,7 @@ def test_a_gate_that_says_nothing(verb: str, gate: str, words: tuple[str, ...]):
         (("compress", "--scheme", "static"), ("needs calibration data",)),
         (("compress", "--images", "sise=[2, 2]"), ("did you mean 'size'",)),
         (("compress", "--images", "size="), ("write them as",)),
-        (("quantize",), ("needs calibration data", "dynamic")),
+        (("quantize",), ("needs calibration data", "another scheme")),
         (("quantize", "--scheme", "dynamic", "--method", "mse"), ("--method", "leave it out")),
         (("quantize", "--scheme", "dynamic", "--calibrate", "good.npz"), ("leave it out",)),
         (("quantize", "--calibrate", "good.npz", "--percentile", "3"), ("over 50",)),
