@@ -7,6 +7,7 @@ of its own. Sources: the ONNX operator specification, opsets 6 to 25.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -238,6 +239,22 @@ def output_range(node: ir.Node) -> tuple[float, float] | None:
             attribute = node.attributes.get(name)
             bounds.append(default if attribute is None else attribute.as_float())
     return bounds[0], bounds[1]
+
+
+def averaged(node: ir.Node) -> float:
+    """How many elements of its input `node` takes the mean of for one of its output, at least.
+
+    1 where it takes no mean, or where sizes are not known.
+    """
+    if node.domain not in DEFAULT_DOMAINS or node.op_type not in _AVERAGE:
+        return 1.0
+    taken, given = (v.shape if v is not None else None for v in (node.inputs[0], node.outputs[0]))
+    if taken is None or given is None:
+        return 1.0
+    # Sizes that are not numbers stand for themselves, as that of the batch on both sides does.
+    sizes = [math.prod(d for d in shape if isinstance(d, int)) for shape in (taken, given)]
+    names = [sorted(str(d) for d in shape if not isinstance(d, int)) for shape in (taken, given)]
+    return max(1.0, sizes[0] / max(sizes[1], 1)) if names[0] == names[1] else 1.0
 
 
 def slope(node: ir.Node, x: Array) -> Array | None:

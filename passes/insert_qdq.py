@@ -17,7 +17,7 @@ from onnxcompress.graph.quantized_weights import WeightStore
 from onnxcompress.graph.tied_scales import tie
 from onnxcompress.numerics.affine import RANGES, Affine, affine, even
 from onnxcompress.numerics.thresholds import clip_range
-from onnxcompress.operators import data_inputs, output_range, slope
+from onnxcompress.operators import averaged, data_inputs, output_range, slope
 
 _NEVER_SEEN = "calibration never came to the body that it is in"
 
@@ -147,6 +147,7 @@ class InsertQdq(CalibratedPass):
             qmax=qmax,
             symmetric=scheme.symmetric,
             percentile=self.percentile,
+            averaged=_averaged(value),
         )
         bounds = None if producer is None else output_range(producer)
         if bounds is not None:
@@ -186,6 +187,13 @@ def _as_consumed(value: ir.Value, histogram: Histogram) -> Histogram:
         return histogram
     (usage,) = uses
     return _Weighted(histogram, usage.node)
+
+
+def _averaged(value: ir.Value) -> float:
+    """How many elements of `value` make one of what its readers give out; 1 where they do not
+    average, or where sizes are unknown."""
+    counts = [averaged(usage.node) for usage in value.uses()]
+    return min(counts, default=1.0) if not value.is_graph_output() else 1.0
 
 
 def _share_scale(value: ir.Value, plan: Placement, parameters: dict[ir.Value, Affine]) -> None:

@@ -47,6 +47,7 @@ def clip_range(
     qmax: int,
     symmetric: bool,
     percentile: float = 99.99,
+    averaged: float = 1,
 ) -> Range:
     """The range (low, high) of real values that the integers `qmin`..`qmax` should cover.
 
@@ -56,6 +57,7 @@ def clip_range(
     Args:
         percentile: in (50, 100]; the share of elements, in percent, below the upper bound and
             above the lower (of magnitudes below the bound where symmetric). 100 is min/max.
+        averaged: how many elements make one of what is computed next, which method mse heeds.
 
     Raises:
         ValueError: on an unknown method, or a percentile or integer range that makes no sense.
@@ -79,26 +81,34 @@ def clip_range(
     if method is Method.PERCENTILE:
         chosen = _percentile(x, counts, percentile, symmetric)
     elif method is Method.MSE:
-        chosen = _least_error(x, counts, (low, high), qmax - qmin, symmetric)
+        chosen = _least_error(x, counts, (low, high), qmax - qmin, symmetric, averaged)
     else:
         chosen = _least_divergence(x, counts, (low, high), qmax - qmin + 1, symmetric)
     return max(low, chosen[0]), min(high, chosen[1])
 
 
 def expected_error(
-    x: Array, counts: Array, low: npt.ArrayLike, high: npt.ArrayLike, steps: int
+    x: Array,
+    counts: Array,
+    low: npt.ArrayLike,
+    high: npt.ArrayLike,
+    steps: int,
+    averaged: float = 1,
 ) -> Array:
     """Expected squared error, summed over the elements, of quantizing over each range.
 
     Rounding costs step**2 / 12 an element, except that what rounds to zero costs its own square
-    (and zero, nothing); clipping costs the squared distance to the bound. Prefix sums of the
-    moments make it one lookup a range whatever the number of points.
+    (and zero, nothing); clipping costs the squared distance to the bound. In a mean of several
+    elements errors of rounding, which are independent of each other, cancel out; what is clipped
+    or rounded to zero errs to one side and stays. Prefix sums of the moments make it one lookup a
+    range whatever the number of points.
 
     Args:
         x: points, ascending [n] float64.
         counts: elements at each point [n].
         low, high: bounds of the ranges, broadcast against each other; low <= 0 <= high.
         steps: intervals between the lowest and the highest integer.
+        averaged: elements that a mean is taken of next, 1 where there is none.
     """
     low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
     moments = [np.concatenate([[0.0], np.cumsum(counts * x**power)]) for power in range(3)]
@@ -116,20 +126,22 @@ def expected_error(
         above[2] - 2 * high * above[1] + high**2 * above[0]
     )
     rounded = (moments[0][inside[1]] - moments[0][inside[0]] - near[0]) * step**2 / 12
-    return clipped + rounded + near[2]
+    return clipped + rounded / averaged + near[2]
 
 
-def _least_error(x: Array, counts: Array, full: Range, steps: int, symmetric: bool) -> Range:
+def _least_error(
+    x: Array, counts: Array, full: Range, steps: int, symmetric: bool, averaged: float
+) -> Range:
     """A grid over both bounds (one where symmetric or one-sided), refined around its best."""
     best = full
     lows, highs = (bound * _COARSE if bound else np.zeros(1) for bound in full)
     for _ in range(_ROUNDS):
         if symmetric:
-            errors = expected_error(x, counts, -highs, highs, steps)
+            errors = expected_error(x, counts, -highs, highs, steps, averaged)
             i = j = int(np.argmin(errors))
             best = (-float(highs[i]), float(highs[i]))
         else:
-            errors = expected_error(x, counts, lows[:, None], highs[None, :], steps)
+            errors = expected_error(x, counts, lows[:, None], highs, steps, averaged)
             i, j = (int(k) for k in np.unravel_index(int(np.argmin(errors)), errors.shape))
             best = (float(lows[i]), float(highs[j]))
         lows, highs = _around(lows, i), _around(highs, j)

@@ -17,6 +17,7 @@ from onnxcompress.contract import Result
 from onnxcompress.errors import InputError
 from onnxcompress.numerics.fidelity import Fidelity
 from onnxcompress.observe import observe
+from onnxcompress.operators import averaged
 from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.remove_unused import RemoveUnused
@@ -523,3 +524,37 @@ def test_leaky_relu_gives_out_the_scale_that_it_takes() -> None:
     scales = [n.inputs[1].const_value for n in (before, use.node) if n.inputs[1] is not None]
     assert scales[0] is not None and scales[1] is not None
     assert scales[0].numpy() == scales[1].numpy()
+
+
+@pytest.mark.parametrize(
+    ("pool", "wider"),
+    [("GlobalAveragePool", True), ("GlobalMaxPool", False)],
+)
+def test_what_is_averaged_next_is_hardly_clipped(pool: str, wider: bool) -> None:
+    """Rounding errors cancel in a mean, those of clipping do not."""
+    net = Net()
+    made = net.op("Conv", net.input("x", *IMAGE), net.weight("w", np.eye(8)[..., None, None]))
+    net.output(net.op(pool, made, out="y"))
+    random = np.random.default_rng(0)
+    feeds = [{"x": random.standard_t(4, IMAGE).astype(np.float32)} for _ in range(20)]
+    model, _ = quantized(net.model(), feeds)
+    made_scale, x_scale = (
+        float(v.const_value.numpy())
+        for v in (model.graph.initializers[f"{name}_scale"] for name in (made, "x"))
+        if v.const_value is not None
+    )
+    assert (made_scale > 1.02 * x_scale) == wider
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("(float[N,3,8,6] x) => (float[N,3,1,1] y) { y = GlobalAveragePool(x) }", 48),
+        ("(float[2,3,8,6] x) => (float[2,3] y) { y = ReduceMean<axes=[2,3],keepdims=0>(x) }", 48),
+        ("(float[2,3,H,6] x) => (float[2,3,1,1] y) { y = GlobalAveragePool(x) }", 1),
+        ("(float[2,3,8,6] x) => (float[2,3,1,1] y) { y = GlobalMaxPool(x) }", 1),
+    ],
+)
+def test_how_many_elements_a_mean_is_taken_of(text: str, count: int) -> None:
+    model = ir.from_onnx_text(f'<ir_version: 8, opset_import: ["": 17]> g {text}')
+    assert averaged(model.graph[0]) == count
