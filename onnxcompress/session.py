@@ -63,6 +63,8 @@ class Session:
             needed instead of planning one block for all, and give back what lies freed in the heap.
         unordered: outputs whose elements may come in any order, which saves a copy of those that
             kernels keep in a layout of their own.
+        training: for graphs that hold gradients: kernels that give the same bits at each run, and
+            pairs of QuantizeLinear and DequantizeLinear that stay what they are.
         verbose: show ONNX Runtime's own warnings.
 
     Raises:
@@ -80,6 +82,7 @@ class Session:
         spinning: bool = True,
         frugal: bool = False,
         unordered: Collection[str] = (),
+        training: bool = False,
         verbose: bool = False,
     ) -> None:
         title = str(model) if isinstance(model, Path) else repr(model.graph.name or "model")
@@ -88,6 +91,8 @@ class Session:
         options.enable_mem_pattern = not frugal
         options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        options.use_deterministic_compute = training
+        options.add_session_config_entry("session.disable_quant_qdq", str(int(training)))
         self._title = title
         if frugal:
             _trim()
@@ -125,6 +130,11 @@ class Session:
             outputs = self._session.run(self.outputs, values, self._run_options)
         return dict(zip(self.outputs, outputs, strict=True))
 
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Binding:
+        """A way to run on these very arrays, again and again."""
+        failure = f"cannot run {self._title}"
+        return Binding(self._session, self._run_options, failure, inputs, outputs)
+
     def _run_values(self, feed: Feed) -> dict[str, Array]:
         """Lists need a run of their own: they come as arrays only, foreign tensors never do."""
         values = {name: _to_ort(array) for name, array in feed.items()}
@@ -136,6 +146,46 @@ class Session:
             outputs = self._session.run(self._lists, values, self._run_options)
             found |= zip(self._lists, outputs, strict=True)
         return found
+
+
+class Binding:
+    """Arrays that a session reads its inputs from and writes its outputs to; nothing is copied.
+
+    They must be C-contiguous, of the session's types and of the shapes that come out. An output
+    may be the array of an input if all that reads the input goes into that output: the kernels
+    that compute value by value write where they read.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        options: Any,
+        failure: str,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+    ) -> None:
+        self._session, self._options, self._failure = session, options, failure
+        self._bound = session.io_binding()
+        self._arrays: dict[str, Any] = {}
+        self.feed(inputs)
+        for name, array in outputs.items():
+            self._arrays[name] = _to_ort(array)
+            self._bound.bind_ortvalue_output(name, self._arrays[name])
+
+    def feed(self, inputs: Mapping[str, Array]) -> None:
+        """Read these inputs from other arrays from now on."""
+        for name, array in inputs.items():
+            self._arrays[name] = _to_ort(array)
+            self._bound.bind_ortvalue_input(name, self._arrays[name])
+
+    def run(self) -> None:
+        """Compute the outputs into their arrays.
+
+        Raises:
+            InputError: if the arrays do not fit the model or an operator fails on them.
+        """
+        with _one_sentence(self._failure, "give data that suits the model"):
+            self._session.run_with_iobinding(self._bound, self._options)
 
 
 def optimized_model(model: ir.Model | Path, *, optimization: Optimization = "all") -> ir.Model:

@@ -1,0 +1,319 @@
+"""One training step: forward, loss, backward and update, in ONNX Runtime, on bound arrays.
+
+Weights, gradients and states lie in flat arrays that sessions are bound to for good. The first
+session reads weights and a batch and writes the loss and the gradients; the second writes new
+weights and states over the old ones, a stretch at a time. Nothing is copied between steps but the
+batch where it does not begin on a boundary of a cache line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.contract import Array
+from onnxcompress.errors import InputError
+from onnxcompress.session import Binding, Session
+from onnxcompress.train.losses import Loss
+from onnxcompress.train.objective import LOSS, Objective, objective, squares, update, with_gradients
+from onnxcompress.train.optimizers import Optimizer
+from onnxcompress.train.parameters import Layout, aligned, as_aligned
+
+Feed = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Figures of some samples, which add up with those of others."""
+
+    samples: int = 0
+    sums: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Losses by name, summed over the samples."""
+    hits: float = 0.0
+    labels: float = 0.0
+
+    def __add__(self, other: Tally) -> Tally:
+        names = dict.fromkeys((*self.sums, *other.sums))
+        sums = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in names}
+        return Tally(
+            self.samples + other.samples, sums, self.hits + other.hits, self.labels + other.labels
+        )
+
+    @property
+    def loss(self) -> float:
+        """Mean of the loss."""
+        return self.sums[LOSS] / self.samples
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """`loss`, each loss where there are several, and `accuracy` where there are labels."""
+        found = {name: total / self.samples for name, total in self.sums.items()}
+        return found | ({"accuracy": self.hits / self.labels} if self.labels else {})
+
+
+class Step:
+    """A model in training.
+
+    Args:
+        model: not altered.
+        losses: their weighted sum is made small.
+        trainable: names of float32 initializers of the main graph (`trainable_weights` finds
+            them by patterns); all others are frozen.
+        clip_norm: gradients are scaled down so that the norm of all together is at most this
+            (Pascanu et al., On the difficulty of training recurrent neural networks, 2013).
+        accumulate: the pieces that a batch is cut into, run one by one; their gradients add up to
+            that of the whole batch.
+        masks: by weight, an array of its shape; where it is zero the weight is and stays zero.
+        threads: of one operator; 0 leaves the choice to ONNX Runtime. The same number gives the
+            same bits.
+
+    Raises:
+        InputError: if a loss, a mask or a name does not suit the model, or a gradient cannot be
+            had.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        losses: Sequence[Loss],
+        optimizer: Optimizer,
+        *,
+        trainable: Sequence[str],
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        masks: Mapping[str, Array] | None = None,
+        threads: int = 0,
+    ) -> None:
+        if clip_norm is not None and not clip_norm > 0:
+            raise InputError(f"clip_norm is {clip_norm} but must be above 0")
+        if accumulate < 1:
+            raise InputError(f"accumulate is {accumulate} but must be 1 or more")
+        self._model, self._optimizer, self._threads = model, optimizer, threads
+        self._clip_norm, self._accumulate = clip_norm, accumulate
+        given = _arrays(model, trainable)
+        self._layout = Layout({name: array.shape for name, array in given.items()})
+        self._flat = {
+            name: aligned([self._layout.size])
+            for name in (
+                "weight",
+                "gradient",
+                *optimizer.states,
+                *(["sum"] if accumulate > 1 else []),
+            )
+        }
+        self._weights = self._layout.views(self._flat["weight"])
+        for name, array in given.items():
+            self._weights[name][...] = array
+        self._total = self._flat["sum" if accumulate > 1 else "gradient"]
+        self._zeros = self._masked(masks or {})
+        self._objective = objective(model, losses, list(given))
+        self._scalars = {name: aligned([]) for name in self._objective.scalars}
+        self._inputs = _dtypes(self._objective, given)
+        self._backward = self._bind_backward()
+        self._updates = self._bind_updates()
+        self.steps = 0
+        """Updates so far."""
+
+    def run(self, feed: Feed, lr: float | None = None) -> Tally:
+        """Update the weights by one batch.
+
+        Args:
+            feed: the student's inputs and the losses' by name, with the samples on the first axis
+                of those that have axes.
+            lr: the learning rate, instead of the optimizer's.
+
+        Returns:
+            The batch's figures, by the weights before the update.
+
+        Raises:
+            InputError: if the loss is NaN or infinite, the weights then being as they were, or
+                the feed does not suit the model.
+        """
+        parts = _parts(self._checked(feed), self._accumulate)
+        samples = sum(size for size, _ in parts)
+        tally = Tally()
+        if self._accumulate > 1:
+            self._total.fill(0)
+        for size, part in parts:
+            tally += self._measure(self._backward, size, part)
+            if not math.isfinite(tally.sums[LOSS]):
+                raise InputError(
+                    f"training stopped in step {self.steps + 1}: the loss is {tally.loss}; lower "
+                    "the learning rate, clip gradients (clip_norm=1) or look for outliers in the "
+                    "data"
+                )
+            if self._accumulate > 1:
+                self._flat["gradient"] *= np.float32(size / samples)
+                self._total += self._flat["gradient"]
+        for view, zeros in self._zeros.values():
+            view[zeros] = 0
+        self.steps += 1
+        self._update(self._optimizer.lr if lr is None else lr)
+        return tally
+
+    def evaluate(self, feed: Feed) -> Tally:
+        """The figures of a batch; nothing is updated."""
+        feed = self._checked(feed)
+        return self._measure(self._forward, _samples(feed), feed)
+
+    def weights(self) -> dict[str, Array]:
+        """The weights by name, where they lie: the next step changes them."""
+        return dict(self._weights)
+
+    def state(self) -> dict[str, Array]:
+        """Copies of all that `restore` needs to go on from here, to the bit."""
+        kept = ("weight", *self._optimizer.states)
+        return {name: self._flat[name].copy() for name in kept} | {"steps": np.array(self.steps)}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go back to what `state` gave, of a step of the same model and settings."""
+        for name in ("weight", *self._optimizer.states):
+            self._flat[name][...] = state[name]
+        self.steps = int(state["steps"])
+
+    def result(self) -> ir.Model:
+        """The model with its weights as they are now, its interface as it came."""
+        copy = self._model.clone()
+        for name, array in self._weights.items():
+            copy.graph.initializers[name].const_value = ir.Tensor(array.copy(), name=name)
+        return copy
+
+    def _measure(self, binding: Binding, size: int, feed: Feed) -> Tally:
+        binding.feed(feed)
+        binding.run()
+        found, values = self._objective, self._scalars
+        losses = {LOSS: found.loss, **found.terms}
+        return Tally(
+            size,
+            {title: size * float(values[name]) for title, name in losses.items()},
+            sum(float(values[hits]) for hits, _ in found.hits),
+            sum(float(values[labels]) for _, labels in found.hits),
+        )
+
+    def _update(self, lr: float) -> None:
+        clip = {} if self._clip_norm is None else {"clip": self._clip()}
+        for decay, (scalars, bindings) in self._updates.items():
+            found = self._optimizer.coefficients(lr, self.steps, decay) | clip
+            for name, array in scalars.items():
+                array[...] = found[name]
+            for binding in bindings:
+                binding.run()
+
+    def _clip(self) -> float:
+        assert self._clip_norm is not None
+        total = 0.0
+        for found, binding in self._squares:
+            binding.run()
+            total += float(found)
+        return min(1.0, self._clip_norm / max(math.sqrt(total), 1e-12))
+
+    def _checked(self, feed: Feed) -> dict[str, Array]:
+        missing = [name for name in self._inputs if name not in feed]
+        if missing:
+            raise InputError(f"a batch has no array {missing[0]!r}, which training reads")
+        return {name: as_aligned(feed[name], dtype) for name, dtype in self._inputs.items()}
+
+    def _masked(self, masks: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
+        """The views of gradients that have masked elements, and which these are."""
+        found: dict[str, tuple[Array, Array]] = {}
+        views = self._layout.views(self._total)
+        for name, mask in masks.items():
+            if name not in views:
+                raise InputError(f"there is a mask of {name!r}, which is not trained")
+            if mask.shape != views[name].shape:
+                raise InputError(
+                    f"the mask of {name!r} has shape {list(mask.shape)} but the weight has "
+                    f"{list(views[name].shape)}"
+                )
+            found[name] = views[name], np.asarray(mask) == 0
+            self._weights[name][found[name][1]] = 0
+        return found
+
+    def _bind_backward(self) -> Binding:
+        model, gradients = with_gradients(self._objective, list(self._weights))
+        names = [*self._objective.scalars, *gradients.values()]
+        session = Session(model, outputs=names, threads=self._threads, training=True)
+        views = self._layout.views(self._flat["gradient"])
+        found = {gradients[name]: view for name, view in views.items()}
+        return session.bind(self._weights, {**self._scalars, **found})
+
+    @cached_property
+    def _forward(self) -> Binding:
+        found = self._objective
+        session = Session(found.model, outputs=found.scalars, threads=self._threads, training=True)
+        return session.bind(self._weights, self._scalars)
+
+    def _bind_updates(self) -> dict[bool, tuple[dict[str, Array], list[Binding]]]:
+        """Scalars and the stretches that are updated with them, by whether weights decay."""
+        graph = update(self._optimizer, clipped=self._clip_norm is not None)
+        session = Session(graph.model, threads=self._threads, spinning=False, training=True)
+        flat = {**self._flat, "gradient": self._total}
+        found: dict[bool, tuple[dict[str, Array], list[Binding]]] = {}
+        for chunk in self._layout.chunks:
+            if chunk.decay not in found:
+                names = [name for name in graph.inputs if name not in flat]
+                found[chunk.decay] = {name: aligned([]) for name in names}, []
+            scalars, bindings = found[chunk.decay]
+            part = {name: flat[name][chunk.start : chunk.stop] for name in graph.inputs
+                    if name in flat}  # fmt: skip
+            outputs = {output: part[name] for name, output in graph.outputs.items()}
+            bindings.append(session.bind({**part, **scalars}, outputs))
+        return found
+
+    @cached_property
+    def _squares(self) -> list[tuple[Array, Binding]]:
+        session = Session(squares(), threads=1, training=True)
+        found: list[tuple[Array, Binding]] = []
+        for chunk in self._layout.chunks:
+            part, total = self._total[chunk.start : chunk.stop], aligned([])
+            found.append((total, session.bind({"gradient": part}, {"squares": total})))
+        return found
+
+
+def _arrays(model: ir.Model, names: Sequence[str]) -> dict[str, Array]:
+    if not names:
+        raise InputError("there is nothing to train: name weights in trainable")
+    found: dict[str, Array] = {}
+    for name in names:
+        value = model.graph.initializers.get(name)
+        if value is None or value.const_value is None or value.dtype is not ir.DataType.FLOAT:
+            raise InputError(f"{name!r} is no float32 initializer of the model's main graph")
+        found[name] = value.const_value.numpy()
+    return found
+
+
+def _dtypes(found: Objective, weights: Mapping[str, Any]) -> dict[str, np.dtype[Any]]:
+    """The types of what a batch must hold."""
+    inputs = [
+        v for v in found.model.graph.inputs if v.name not in weights and not v.is_initializer()
+    ]
+    return {v.name or "": np.dtype(v.dtype.numpy()) for v in inputs if v.dtype is not None}
+
+
+def _samples(feed: Feed) -> int:
+    sizes = {name: array.shape[0] for name, array in feed.items() if array.ndim}
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
+        raise InputError(f"the arrays of a batch do not have equally many samples: {shown}")
+    return next(iter(sizes.values()), 1)
+
+
+def _parts(feed: Feed, pieces: int) -> list[tuple[int, Feed]]:
+    """The batch in pieces of nearly one size, with their sizes."""
+    samples = _samples(feed)
+    if pieces == 1:
+        return [(samples, feed)]
+    ends = [samples * i // pieces for i in range(pieces + 1)]
+    return [
+        (stop - start, {n: as_aligned(a[start:stop], a.dtype) if a.ndim else a
+                        for n, a in feed.items()})
+        for start, stop in pairwise(ends)
+        if stop > start
+    ]  # fmt: skip
