@@ -1,0 +1,1 @@
+"""Training on the graph itself: losses, gradients and updates are ONNX operators too."""
