@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxcompress import job
+from onnxcompress import variants
 from onnxcompress.cli import main
 from onnxcompress.contract import Pass, Result
 from onnxcompress.errors import InputError
@@ -346,9 +346,9 @@ DIGITS = Path(__file__).parents[2] / "models" / "photo_digits"
 
 
 def test_pruned_and_quantized_by_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(job, "_LATENCY_SECONDS", 0.05)
+    monkeypatch.setattr(variants, "_LATENCY_SECONDS", 0.05)
     alone = Measurement(path="m.onnx", size=1, p50_ms=1, p90_ms=1, runs=1, peak_memory=1)
-    monkeypatch.setattr(job, "measure", lambda *args, **kwargs: alone)  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr(variants, "measure", lambda *args, **kwargs: alone)  # pyright: ignore[reportUnknownLambdaType]
     (tmp_path / "r.toml").write_text(RECIPE)
     done = CliRunner().invoke(
         main,
