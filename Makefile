@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINTERS := $(VENV)/.linters
+OTHERS := $(VENV)/.others
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # A variable that forbids writing bytecode would make every start import slowly: compile once.
@@ -25,7 +26,7 @@ check: $(LINTERS)
 demo: $(READY)
 	$(BIN)/python models/demo.py
 
-bench: $(READY)
+bench: $(OTHERS)
 	$(BIN)/python -m tests.benchmarks
 
 clean:
@@ -40,3 +41,6 @@ $(READY): pyproject.toml
 $(LINTERS): $(READY)
 	$(PIP) -e '.[dev]'
 	@touch $@
+
+$(OTHERS): $(READY)
+	@$(PIP) -e '.[bench]' && touch $@ || echo 'some tools cannot be installed: compared without'

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
-from tests.benchmarks import job, resnet50
+from onnxcompress import api, schemes
+from onnxcompress.model_io import load
+from onnxcompress.observe import Observations
+from onnxcompress.pipeline import run
+from tests.benchmarks import ablation, job, ladder, resnet50
 from tests.benchmarks.__main__ import main
+from tests.benchmarks.cases import Setting, all_cases
+from tests.benchmarks.methods import COMPENSATION, DEFAULT, Pipelines, placing, without
 from tests.benchmarks.samples import feeds
 from tests.benchmarks.table import Goal
 
@@ -36,6 +44,56 @@ def test_the_thorough_job_is_held_against_plain_inference(
     plain, budget, seconds = map(float, row[2:5])
     assert budget == pytest.approx(3 * plain + 5, rel=0.02)
     assert float(row[5]) == pytest.approx(seconds / budget, abs=0.02)
+
+
+def test_the_ladder_ends_with_what_is_done_by_default() -> None:
+    found = list(ladder.rungs())
+    names = [{pass_.name for pass_ in passes} for _, passes in found]
+    assert found[-1][1] == DEFAULT == schemes.static(effort="thorough")
+    assert all(names[i] <= names[i + 1] for i in range(len(names) - 1))
+    assert names[0].isdisjoint(COMPENSATION) and len({passes for _, passes in found}) == 6
+
+
+def test_every_rung_of_the_ladder_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--quick", "--only", "ladder", "segment_tabular"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    found = {row[0].removeprefix("| "): row[1:] for row in rows if len(row) == 7}
+    assert [*found][3:-1] == [title for title, _ in ladder.rungs()]
+    whole, mixed = (found[name] for name in [*found][-2:])
+    assert float(mixed[2]) > float(whole[2]) + 1 and float(mixed[3]) < float(whole[3]) == 100
+
+
+def test_what_a_method_is_worth_is_counted_by_model(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--quick", "--only", "ablation", "segment_tabular"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    found = {row[0]: row[1:] for row in rows if len(row) > 2}
+    assert found["without"][0] == "segment_tabular" and {*COMPENSATION} < {*found}
+    columns = [ablation.Column("a", (30.0, 29.0, 30.1, None, 31.0))]
+    counted = [ablation.row(i, "", columns)[-2:] for i in range(5)]
+    assert counted == [["", ""], ["1", "0"], ["0", "0"], ["0", "0"], ["0", "1"]]
+
+
+def test_pipelines_observe_what_comes_before_pairs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    observe = api.observe
+
+    def counted(model: ir.Model, *given: Any, **options: Any) -> Observations:
+        seen.append(1)
+        return observe(model, *given, **options)
+
+    monkeypatch.setattr(api, "observe", counted)
+    setting = Setting(folder=tmp_path, only=("segment_tabular",), quick=True, samples=8)
+    case = next(all_cases(setting))
+    pipelines = Pipelines(case)
+    wanted = [placing(o, without(COMPENSATION)) for o in ({}, {"method": "minmax"})]
+    made = [pipelines.run(passes).model for passes in wanted]
+    assert len(seen) == 1
+    for passes, model in zip(wanted, made, strict=True):
+        alone = run(load(case.model), passes, observer=pipelines.watch).model
+        assert ir.to_proto(alone) == ir.to_proto(model)
+    assert ir.to_proto(made[0]) != ir.to_proto(made[1])
 
 
 def test_a_job_tells_its_own_peak_and_not_its_parents() -> None:

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.benchmarks import compare, corpus, cost, growth, thorough
+from tests.benchmarks import ablation, compare, corpus, cost, growth, ladder, thorough
 from tests.benchmarks.cases import Setting
 from tests.benchmarks.job import ROOT
 
 SECTIONS: dict[str, tuple[str, Callable[[Setting], Iterator[str]]]] = {
-    "compare": ("Ours beside ONNX Runtime's quantizer", compare.tables),
+    "compare": ("Ours beside ONNX Runtime's quantizer and NNCF", compare.tables),
+    "ladder": ("One method more a rung", ladder.tables),
+    "ablation": ("One method less", ablation.tables),
     "cost": ("What calibration and the whole job cost", cost.tables),
     "thorough": ("What compensation costs beside plain inference", thorough.tables),
     "growth": ("How cost grows with nodes and weights", growth.tables),
@@ -38,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             zoo=zoo if zoo.is_dir() else None,
             only=tuple(name for name in given.only if name not in SECTIONS),
             quick=given.quick,
+            rounds=1 if given.quick else given.rounds,
         )
         lines: list[str] = []
         for line in _lines(sections, setting):
@@ -70,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--zoo", type=Path, help="real models beside the checkout")
     parser.add_argument("--markdown", type=Path, metavar="OUT.md", help="also write to this file")
+    parser.add_argument("--rounds", type=int, default=3, help="how often a job is timed")
     parser.add_argument("--quick", action="store_true", help="small, one round: only to see it run")
     return parser
 

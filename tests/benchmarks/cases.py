@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 
 from tests.benchmarks import resnet50
-from tests.benchmarks.samples import Feed, feeds, head
+from tests.benchmarks.samples import Feed, cut, feeds
 
 ort: Any = onnxruntime
 MODELS = Path(__file__).parent.parent.parent / "models"
@@ -34,10 +34,8 @@ class Setting:
     """Small sizes and one round: to see that it works, not to believe the figures."""
     samples: int = 100
     """Feeds that calibrate."""
-
-    @property
-    def rounds(self) -> int:
-        return 1 if self.quick else 3
+    rounds: int = 3
+    """How often a job is timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +56,8 @@ class Case:
     model: Path
     calibration: Path
     """An npz of samples, all of which calibrate."""
+    held_out: Path
+    """An npz of samples, none of which calibrates."""
     score: Callable[[Path], Score]
     origin: str
     """models, onnx or zoo."""
@@ -65,6 +65,10 @@ class Case:
     def feeds(self) -> Iterator[Feed]:
         """The calibration samples, batches of 1."""
         return feeds(self.calibration, ranks(session(self.model)))
+
+    def held_out_feeds(self) -> Iterator[Feed]:
+        """Samples to compare on that calibrated nothing, batches of 1."""
+        return feeds(self.held_out, ranks(session(self.model)))
 
 
 def all_cases(setting: Setting) -> Iterator[Case]:
@@ -101,7 +105,8 @@ def _of_models(folder: Path, setting: Setting) -> Case:
     return Case(
         name=folder.name,
         model=folder / "model.onnx",
-        calibration=head(folder / "calibration.npz", samples, setting.samples),
+        calibration=cut(folder / "calibration.npz", samples, slice(setting.samples)),
+        held_out=folder / "evaluation.npz",
         score=partial(_classify, folder / "model.onnx", folder / "evaluation.npz"),
         origin="models",
     )
@@ -116,19 +121,22 @@ def _resnet50(setting: Setting) -> Case:
         name="resnet50",
         model=model,
         calibration=calibration,
+        held_out=evaluation,
         score=partial(_tell_apart, model, evaluation),
         origin="onnx",
     )
 
 
 def _of_zoo(zoo: Path, name: str, setting: Setting) -> Case:
-    samples = setting.folder / f"{name}.npz"
-    command = [str(zoo / "feeds.py"), name, "calib", str(samples), "--limit", str(setting.samples)]
-    told = _python(*command, "--zoo", str(zoo))
+    known, samples, held_out = (
+        setting.folder / f"{name}{part}.npz" for part in ("_known", "", "_held_out")
+    )
+    told = _python(str(zoo / "feeds.py"), name, "calib", str(known), "--zoo", str(zoo))
     return Case(
         name=name,
         model=Path(told.splitlines()[0]),
-        calibration=samples,
+        calibration=cut(known, samples, slice(setting.samples)),
+        held_out=cut(known, held_out, slice(setting.samples, None)),
         score=partial(_zoo_score, zoo, name),
         origin="zoo",
     )

@@ -32,9 +32,9 @@ def _sample(array: Any, index: int, rank: int) -> Any:
     return array[index] if array.ndim > rank else array[index : index + 1]
 
 
-def head(source: Path, target: Path, count: int) -> Path:
-    """Write the first `count` samples of `source`."""
+def cut(source: Path, target: Path, part: slice) -> Path:
+    """Write that part of the samples of `source`."""
     with np.load(source, allow_pickle=False) as file:
         arrays: Feed = {name: file[name] for name in file.files}
-    np.savez(target, **{name: a[:count] if a.ndim else a for name, a in arrays.items()})
+    np.savez(target, **{name: a[part] if a.ndim else a for name, a in arrays.items()})
     return target
