@@ -3,7 +3,8 @@
 Sources of noise are measured once (`sensitivity`) and bought silent in the order that takes most
 noise away for its multiplications (`numerics.purchase`). The shortest beginning of that order
 that meets the budget is found by bisection, each candidate validated as it would be written; then
-kernels that turn out not to be needed are given back to integers, the costliest first.
+kernels that turn out not to be needed are given back to integers, the costliest first. Where only
+what a kernel reads is the trouble, its weight stays integers in the file (`graph.packed_weights`).
 
 Source: ranking by sensitivity and lowering until a budget holds, as accuracy-aware quantization
 of NNCF and automatic mixed precision of AIMET do; here noise is bought at a price in arithmetic.
@@ -15,7 +16,7 @@ import glob
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Final
 
 import onnx_ir as ir
@@ -76,6 +77,8 @@ class KernelPart:
     """Of all noise at the outputs, the share that its weight and its data's rounding make."""
     macs: int
     floats: bool
+    packed: bool = False
+    """Whether it computes in float with a weight that is integers in the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +109,8 @@ def mix(
     *,
     min_sqnr: float | None = None,
     max_loss: float | None = None,
+    most: float = 1.0,
+    runs: int | None = None,
     stage: Callable[[str], Progress],
 ) -> tuple[Outcome | None, Mixed | None]:
     """Return kernels of `outcome` to float until `judge` passes it.
@@ -117,6 +122,9 @@ def mix(
         min_sqnr: what the budget asks of `Verdict.sqnr`, if anything. It only tells where to
             begin the search and what to show, as does `max_loss`.
         max_loss: what it asks of `Verdict.loss`.
+        most: share of the multiplications that may go to float. Below 1 nothing is validated
+            where the estimate says that they do not suffice.
+        runs: over the feeds, at most, to measure sources.
         stage: told of the two stages.
 
     Returns:
@@ -132,16 +140,19 @@ def mix(
         return None, None
     used = list(islice(feeds, search.enough(next(iter(feeds)))))
     sources = measure_sources(
-        outcome.model, search.target, used, progress=stage("measuring each layer")
+        outcome.model, search.target, used, progress=stage("measuring each layer"), runs=runs
     )
     progress = stage("searching")
-    search.rank(sources)
-    first = search.measured(frozenset())
-    chosen = search.shortest(search.guess(_allowed(first, min_sqnr, max_loss)), progress)
+    search.rank(sources, most)
+    first = search.measured(_Choice())
+    guess = search.guess(_allowed(first, min_sqnr, max_loss))
+    if guess is None and most < 1:
+        return None, None
+    chosen = search.shortest(guess, progress)
     if chosen is not None:
-        chosen = search.give_back(chosen, progress)
+        chosen = search.pack(search.give_back(chosen, progress), sources, progress)
     story = Mixed(
-        kernels=search.parts(sources, chosen or frozenset()),
+        kernels=search.parts(sources, chosen or _Choice()),
         trials=search.trials(chosen),
         feeds=len(used),
         min_sqnr=min_sqnr,
@@ -163,6 +174,15 @@ def _allowed(first: Verdict, min_sqnr: float | None, max_loss: float | None) -> 
     return min(found, default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A candidate: kernels by their place in the graph."""
+
+    floats: frozenset[int] = frozenset()
+    packed: frozenset[int] = frozenset()
+    """Of them, those whose weights stay integers in the file."""
+
+
 class _Search:
     """Candidates of one outcome, each validated once."""
 
@@ -172,7 +192,7 @@ class _Search:
         self.target = target
         self.kernels = Integers.of(outcome.model.graph, target).kernels
         self._steps: list[Purchase] = []
-        self._verdicts: dict[frozenset[int], Verdict] = {}
+        self._verdicts: dict[_Choice, Verdict] = {}
         self._macs: list[int] = []
         self._noise = 0.0
 
@@ -184,11 +204,13 @@ class _Search:
         least, most = _FEEDS
         return max(least, min(most, int(_WORK // max(1, sum(self._macs)))))
 
-    def rank(self, sources: Sequence[Source]) -> None:
-        """Find the order in which kernels go back to float."""
+    def rank(self, sources: Sequence[Source], most: float) -> None:
+        """Find the order in which kernels go back to float, no further than `most` allows."""
         total = sum(self._macs) or 1
         prices = [macs + _SPREAD * total / len(self._macs) for macs in self._macs]
-        self._steps = purchases([(s.holders, s.noise) for s in sources], prices)
+        steps = purchases([(s.holders, s.noise) for s in sources], prices)
+        spent = accumulate(sum(self._macs[h] for h in step.holders) for step in steps)
+        self._steps = [s for s, macs in zip(steps, spent, strict=True) if macs <= most * total]
         self._noise = math.fsum(source.noise for source in sources)
 
     def guess(self, allowed: float | None) -> int | None:
@@ -198,14 +220,14 @@ class _Search:
         bound = allowed * self._noise
         return next((i for i, s in enumerate(self._steps, 1) if s.left <= bound), None)
 
-    def shortest(self, guess: int | None, progress: Progress) -> frozenset[int] | None:
+    def shortest(self, guess: int | None, progress: Progress) -> _Choice | None:
         """The least beginning of the order that passes: strides from the guess, then bisection."""
         low, high, stride = 1, len(self._steps), 1
         bracketed = [guess is None] * 2
         at = guess or (low + high) // 2
         found = None
         while low <= high:
-            candidate = frozenset(h for step in self._steps[:at] for h in step.holders)
+            candidate = _Choice(frozenset(h for step in self._steps[:at] for h in step.holders))
             progress(len(self._verdicts), None)
             passed = self.measured(candidate).passed
             bracketed[passed] = True
@@ -220,33 +242,50 @@ class _Search:
             stride *= 2
         return found
 
-    def give_back(self, chosen: frozenset[int], progress: Progress) -> frozenset[int]:
+    def give_back(self, chosen: _Choice, progress: Progress) -> _Choice:
         """Without the purchases that it passes without too, the dearest tried first."""
-        bought = [step.holders for step in self._steps if chosen.issuperset(step.holders)]
+        bought = [s.holders for s in self._steps if chosen.floats.issuperset(s.holders)]
         dearest = sorted(bought[:-1], key=lambda holders: -sum(self._macs[h] for h in holders))
         for holders in dearest[:_GIVE_BACKS]:
             progress(len(self._verdicts), None)
-            if self.measured(fewer := chosen - frozenset(holders)).passed:
+            fewer = _Choice(chosen.floats - frozenset(holders))
+            if self.measured(fewer).passed:
                 chosen = fewer
         return chosen
 
-    def outcome(self, floats: frozenset[int]) -> Outcome:
+    def pack(self, chosen: _Choice, sources: Sequence[Source], progress: Progress) -> _Choice:
+        """With as many weights as integers as it passes with, the least noisy first."""
+        noise = {s.holders[0]: s.noise for s in sources if s.kind == "weights"}
+        quiet = sorted(noise.keys() & chosen.floats, key=lambda kernel: (noise[kernel], kernel))
+        low, high = 1, len(quiet)
+        at = high
+        while low <= high:
+            candidate = _Choice(chosen.floats, frozenset(quiet[:at]))
+            progress(len(self._verdicts), None)
+            if self.measured(candidate).passed:
+                chosen, low = candidate, at + 1
+            else:
+                high = at - 1
+            at = (low + high) // 2
+        return chosen
+
+    def outcome(self, choice: _Choice) -> Outcome:
         """What the whole story makes: the passes before, and those that return to float."""
-        done = run(self._outcome.model, self._passes(floats))
+        done = run(self._outcome.model, self._passes(choice))
         return replace(done, records=(*self._outcome.records, *done.records))
 
-    def trials(self, chosen: frozenset[int] | None) -> tuple[Trial, ...]:
+    def trials(self, chosen: _Choice | None) -> tuple[Trial, ...]:
         return tuple(
             Trial(
-                floats=len(floats),
-                share=self._share(floats),
+                floats=len(choice.floats),
+                share=self._share(choice.floats),
                 verdict=verdict,
-                chosen=floats == chosen,
+                chosen=choice == chosen,
             )
-            for floats, verdict in self._verdicts.items()
+            for choice, verdict in self._verdicts.items()
         )
 
-    def parts(self, sources: Sequence[Source], chosen: frozenset[int]) -> tuple[KernelPart, ...]:
+    def parts(self, sources: Sequence[Source], chosen: _Choice) -> tuple[KernelPart, ...]:
         noise = [0.0] * len(self.kernels)
         for source in sources:
             for holder in source.holders:
@@ -258,28 +297,32 @@ class _Search:
                 op=node.op_type,
                 noise=noise[i] / total if 0 < total < math.inf else noise[i],
                 macs=self._macs[i],
-                floats=i in chosen,
+                floats=i in chosen.floats,
+                packed=i in chosen.packed,
             )
             for i, node in enumerate(self.kernels)
         ]
         return tuple(sorted(found, key=lambda part: -part.noise))
 
-    def measured(self, floats: frozenset[int]) -> Verdict:
-        """The verdict with these kernels in float."""
-        if floats not in self._verdicts:
-            self._verdicts[floats] = self._judge(self.outcome(floats).model)
-        return self._verdicts[floats]
+    def measured(self, choice: _Choice) -> Verdict:
+        """The verdict on a candidate."""
+        if choice not in self._verdicts:
+            self._verdicts[choice] = self._judge(self.outcome(choice).model)
+        return self._verdicts[choice]
 
     def _share(self, floats: frozenset[int]) -> float:
         kept = sum(macs for i, macs in enumerate(self._macs) if i not in floats)
         return kept / sum(self._macs) if any(self._macs) else 0.0
 
-    def _passes(self, floats: frozenset[int]) -> tuple[Pass, ...]:
-        if not floats:
+    def _passes(self, choice: _Choice) -> tuple[Pass, ...]:
+        if not choice.floats:
             return ()
-        names = sorted({glob.escape(kernel_name(self.kernels[i])) for i in floats})
+        nodes, packed = self._names(choice.floats), self._names(choice.packed)
         return (
-            RestoreFloat(target=self.target.name, nodes=tuple(names)),
+            RestoreFloat(target=self.target.name, nodes=nodes, packed=packed),
             ShieldFloats(target=self.target.name),
             RemoveUnused(),
         )
+
+    def _names(self, kernels: Iterable[int]) -> tuple[str, ...]:
+        return tuple(sorted({glob.escape(kernel_name(self.kernels[i])) for i in kernels}))

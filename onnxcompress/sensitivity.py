@@ -30,7 +30,7 @@ from onnxcompress.session import Feed, Session
 from onnxcompress.targets import Target
 
 _MOST: Final = 256
-"""Runs over the feeds; of more sources than that, neighbours are measured together."""
+"""Runs over the feeds, unless told otherwise."""
 
 Kind = Literal["weights", "values"]
 
@@ -57,32 +57,59 @@ class _Site:
 
 
 def measure_sources(
-    model: ir.Model, target: Target, feeds: Sequence[Feed], *, progress: Progress
+    model: ir.Model,
+    target: Target,
+    feeds: Sequence[Feed],
+    *,
+    progress: Progress,
+    runs: int | None = None,
 ) -> list[Source]:
     """Measure every source of `model` that can be given back to float.
+
+    Of more sources than runs, neighbours are measured together with half of the runs, and the
+    loudest of them taken apart with the other half, as group testing does: that finds the few that
+    make nearly all of the noise, and where no few do, it does not matter which.
 
     Args:
         model: what `insert_qdq` made, still in memory; not altered.
         target: the runtime that it was made for.
         feeds: a few of the calibration data; each is run once a source.
-        progress: told the sources done and how many there are.
+        progress: told the runs done and how many there are.
+        runs: over the feeds, at most.
 
     Raises:
         InputError: if the model does not run on the feeds.
     """
     sites = _sites(Integers.of(model.graph, target))
+    runs = min(runs or _MOST, len(sites))
+    size = 1 if runs == len(sites) else math.ceil(2 * len(sites) / runs)
+    blocks = [sites[start : start + size] for start in range(0, len(sites), size)]
     expected = _run(_only(model, target, ()), feeds)
-    size = max(1, math.ceil(len(sites) / _MOST))
-    found: list[Source] = []
-    for start in range(0, len(sites), size):
-        block = sites[start : start + size]
-        progress(start, len(sites))
-        noise = _noise(expected, _run(_only(model, target, block), feeds)) / len(block)
-        found += (
-            Source(kind=site.kind, name=site.name, holders=site.holders, noise=noise)
-            for site in block
-        )
-    return found
+    done = 0
+
+    def noise(block: Sequence[_Site]) -> float:
+        nonlocal done
+        progress(done, runs)
+        done += 1
+        return _noise(expected, _run(_only(model, target, block), feeds))
+
+    found = [(noise(block), block) for block in blocks]
+    while done < runs:
+        loudest = max(range(len(found)), key=lambda i: (len(found[i][1]) > 1) * found[i][0])
+        both, block = found[loudest]
+        if len(block) == 1:
+            break
+        half = len(block) // 2
+        first = noise(block[:half])
+        found[loudest : loudest + 1] = [
+            (first, block[:half]),
+            (max(both - first, 0.0), block[half:]),
+        ]
+    return [_source(site, power / len(block)) for power, block in found for site in block]
+
+
+def _source(site: _Site, noise: float) -> Source:
+    return Source(kind=site.kind, name=site.name, holders=site.holders, noise=noise)
 
 
 def kernel_name(node: ir.Node) -> str:

@@ -27,6 +27,10 @@ class RestoreFloat(Pass):
     `remove_unused` takes away what nothing reads afterwards, `shield_floats` keeps ONNX Runtime
     from quantizing the weights again. `compress` chooses the nodes when it is given a budget.
 
+    Where only the data's rounding hurts, the weight may stay in the file as it is (`packed`): the
+    kernel reads Mul(Cast(W_q), scale), which ONNX Runtime folds as it loads, so that a kernel in
+    float costs time and no space.
+
     Declines, with a line in the report, kernels whose floats are unknown. Idempotent.
 
     Source: mixed precision as in Dong et al., HAWQ: Hessian AWare Quantization of Neural Networks
@@ -40,10 +44,12 @@ class RestoreFloat(Pass):
     nodes: tuple[str, ...] = ()
     """Names of nodes to return to float (of their first output where they have none of their own);
     * and ? match."""
+    packed: tuple[str, ...] = ()
+    """Of these nodes, those whose weights stay integers in the file."""
 
     def call(self, model: ir.Model) -> Result:
         integers = Integers.of(model.graph, targets.load(self.target))
-        wanted = [node for node in integers.kernels if self._wants(node)]
+        wanted = [node for node in integers.kernels if _matches(node, self.nodes)]
         found = [node for node in wanted if is_restorable(node)]
         reason = "its float weight is unknown: run this behind insert_qdq, on the same model"
         skips = [
@@ -51,10 +57,12 @@ class RestoreFloat(Pass):
             for node in wanted
             if not is_restorable(node)
         ]
-        modified = integers.return_to_float(found)
-        figures = {"kernels in float": len(found)}
+        packed = [node for node in found if _matches(node, self.packed)]
+        modified = integers.return_to_float(found, packed)
+        figures = {"kernels in float": len(found), "with weights as integers": len(packed)}
         return Result(model, modified=modified, skips=tuple(skips), figures=figures)
 
-    def _wants(self, node: ir.Node) -> bool:
-        name = node.name or node.outputs[0].name or ""
-        return any(fnmatchcase(name, pattern) for pattern in self.nodes)
+
+def _matches(node: ir.Node, patterns: tuple[str, ...]) -> bool:
+    name = node.name or node.outputs[0].name or ""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

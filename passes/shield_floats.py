@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnxcompress import targets
 from onnxcompress.contract import Pass, Result, Skip
 from onnxcompress.graph.names import FreshNames
+from onnxcompress.graph.packed_weights import packed
 from onnxcompress.operators import (
     DEFAULT_DOMAINS,
     Role,
@@ -74,8 +75,7 @@ def _way_from_integers(node: ir.Node) -> ir.Node | None:
     """The first node behind a DequantizeLinear of one scale, on the way to a float kernel."""
     if node.op_type not in _QUANTIZED or node.domain not in DEFAULT_DOMAINS:
         return None
-    weight = constant_tensor(node.inputs[1])
-    if weight is None or weight.dtype != ir.DataType.FLOAT:
+    if _weight_shape(node) is None:
         return None
     while (producer := _producer(node)) is not None and operator(producer).role is Role.MOVE:
         node = producer
@@ -83,6 +83,15 @@ def _way_from_integers(node: ir.Node) -> ir.Node | None:
         return None
     scale = constant(producer.inputs[1])
     return node if scale is not None and scale.size == 1 else None
+
+
+def _weight_shape(node: ir.Node) -> tuple[int, ...] | None:
+    """Of a constant weight in float, or one that the runtime makes float as it loads."""
+    weight = constant_tensor(node.inputs[1])
+    if weight is not None:
+        return weight.shape.numpy() if weight.dtype == ir.DataType.FLOAT else None
+    codes = packed(node.inputs[1])
+    return None if codes is None or codes.shape is None else codes.shape.numpy()
 
 
 def _producer(node: ir.Node) -> ir.Node | None:
@@ -105,9 +114,8 @@ def _longer_axis(kernel: ir.Node, way: ir.Node) -> tuple[int, int] | None:
 
 def _channels(node: ir.Node) -> tuple[int, int]:
     """The axis of the data that is summed over, and how long it is."""
-    tensor = constant_tensor(node.inputs[1])
-    assert tensor is not None
-    shape = tensor.shape.numpy()
+    shape = _weight_shape(node)
+    assert shape is not None
     axis = in_axis(node, len(shape))
     assert axis is not None
     if node.op_type == "Conv":

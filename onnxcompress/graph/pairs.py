@@ -13,6 +13,7 @@ from typing import cast
 import onnx_ir as ir
 
 from onnxcompress.graph.names import FreshNames
+from onnxcompress.graph.packed_weights import unpacked
 from onnxcompress.graph.placement import absorbed_output
 from onnxcompress.graph.quantized_weights import FLOAT
 from onnxcompress.operators import DEFAULT_DOMAINS, data_inputs, operator
@@ -77,18 +78,21 @@ class Integers:
         )
         return cls(graph, tuple(kernels), tuple(p for p in pairs if p is not None))
 
-    def return_to_float(self, kernels: Iterable[ir.Node]) -> bool:
+    def return_to_float(self, kernels: Iterable[ir.Node], packed: Iterable[ir.Node] = ()) -> bool:
         """Give `kernels` back their weights, drop the pairs that nobody holds any more.
+
+        Weights of those that are `packed` too stay integers, of which the runtime makes floats as
+        it loads.
 
         Returns whether anything changed. Constants that nothing reads afterwards are left for
         `remove_unused`.
         """
-        floats = dict.fromkeys(kernels)
+        floats, stored = dict.fromkeys(kernels), set(packed)
         if not floats:
             return False
         weights = FloatWeights(self.graph)
         for kernel in floats:
-            weights.restore(kernel)
+            weights.restore(kernel, packed=kernel in stored)
         for pair in self.pairs:
             if pair.holders and all(holder in floats for holder in pair.holders):
                 drop(pair)
@@ -104,13 +108,28 @@ class FloatWeights:
         self._graph = graph
         self._fresh = FreshNames(graph)
         self._made: dict[ir.Value, ir.Value] = {}
+        self._unpacked: dict[ir.Value, ir.Value | None] = {}
 
-    def restore(self, kernel: ir.Node) -> None:
-        """Let the kernel read floats for each of its constants."""
+    def restore(self, kernel: ir.Node, *, packed: bool = False) -> None:
+        """Let the kernel read floats for each of its constants.
+
+        Args:
+            packed: those of its weight are made of the integers (`graph.packed_weights`), where
+                that can be said in two operators.
+        """
         for index, value in enumerate(kernel.inputs):
             codes = quantized_constant(value)
             if codes is not None and FLOAT in codes.meta:
-                kernel.replace_input_with(index, self._float(codes))
+                stays = packed and index == operator(kernel).weight
+                floats = self._of_integers(value, codes) if stays else None
+                kernel.replace_input_with(index, floats or self._float(codes))
+
+    def _of_integers(self, value: ir.Value | None, codes: ir.Value) -> ir.Value | None:
+        if codes not in self._unpacked:
+            dequantizer = None if value is None else value.producer()
+            assert dequantizer is not None
+            self._unpacked[codes] = unpacked(dequantizer, self._graph, self._fresh)
+        return self._unpacked[codes]
 
     def _float(self, codes: ir.Value) -> ir.Value:
         if codes not in self._made:

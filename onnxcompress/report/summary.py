@@ -113,7 +113,10 @@ def arithmetic_rows(report: Report) -> list[Row]:
         return []
     promised = report.audit.promised
     by = f", by the table of {promised}: not measured" if promised else ""
-    return [Row(label="arithmetic in integers", after=percent(report.audit.share) + by)]
+    share, label = report.audit.share, "arithmetic in integers"
+    if report.audit.float8_macs:
+        share, label = report.audit.float8_macs / report.audit.macs, "arithmetic in float8"
+    return [Row(label=label, after=percent(share) + by)]
 
 
 def unfused(report: Report) -> str:
@@ -166,7 +169,7 @@ def kernel_parts(report: Report, most: int) -> list[tuple[str, str, str, str, st
             clean(kernel.op),
             f"{100 * kernel.noise:.3g} %",
             f"{100 * kernel.macs / macs:.3g} %",
-            "float" if kernel.floats else "integers",
+            "float, weight in int8" if kernel.packed else "float" if kernel.floats else "integers",
         )
         for kernel in kernels[:most]
     ]
