@@ -39,7 +39,8 @@ _LEVELS: dict[Optimization, Any] = {
 }
 # Below this an initializer stays in the protobuf: shape inference and fusions read its value.
 _SHARED_BYTES = 1024
-_LOCATION = "weights"
+_LOCATION, _ORIGINAL = "weights", "original"
+_ALIGNMENT = 64
 # The most channels that a block of ONNX Runtime's own layout holds on any machine.
 _BLOCK = 16
 _PROVIDERS = ["CPUExecutionProvider"]
@@ -255,7 +256,29 @@ def _optimize(
         options.add_session_config_entry(
             f"session.optimized_model_external_initializers_{key}", value
         )
-    _start(model, outputs, options, title)
+    with _one_sentence(f"cannot load {title}", _EXPORT_AGAIN):
+        ort.InferenceSession(str(_as_file(model, outputs, title, folder)), options, _PROVIDERS)
+    return path
+
+
+def _as_file(
+    model: ir.Model | Path, outputs: Sequence[str] | None, title: str, folder: Path
+) -> Path:
+    """The model in a file: what ONNX Runtime reads from one, it need not hold a copy of."""
+    if isinstance(model, Path):
+        if outputs is None:
+            return model
+        model = model_io.load(model)
+    copy = model.clone()
+    if outputs is not None:
+        _replace_outputs(copy.graph, outputs, title)
+    with (folder / _ORIGINAL).open("wb") as file:
+        for value, tensor in _large(copy.graph):
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+            value.const_value = _reference(value, tensor, _ORIGINAL, file.tell())
+            file.write(tensor.tobytes())
+    path = folder / "original.onnx"
+    path.write_bytes(ir.to_proto(copy).SerializeToString())
     return path
 
 
@@ -365,23 +388,29 @@ def _replace_outputs(graph: ir.Graph, names: Sequence[str], title: str) -> None:
 def _take_weights(graph: ir.Graph) -> dict[str, Any]:
     """Reduce large initializers to references, and return their arrays by name."""
     weights: dict[str, Any] = {}
-    for name, value in graph.initializers.items():
+    for value, tensor in _large(graph):
+        array = np.require(tensor.numpy(), requirements=["C", "ALIGNED"])
+        value.const_value = _reference(value, tensor, _LOCATION, 0)
+        weights[value.name or ""] = _to_ort(array)
+    return weights
+
+
+def _large(graph: ir.Graph) -> Generator[tuple[ir.Value, ir.TensorProtocol]]:
+    """Initializers that are not worth a place in the protobuf."""
+    for value in graph.initializers.values():
         tensor = value.const_value
         if tensor is None or tensor.nbytes < _SHARED_BYTES or tensor.dtype in _INLINE:
             continue
-        if not value.uses() and not value.is_graph_output():
-            continue  # ONNX Runtime drops what nothing reads, and then misses it
-        array = np.require(tensor.numpy(), requirements=["C", "ALIGNED"])
-        weights[name] = _to_ort(array)
-        value.const_value = ir.ExternalTensor(
-            _LOCATION,
-            0,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=name,
-        )
-    return weights
+        # ONNX Runtime drops what nothing reads, and then misses it.
+        if value.uses() or value.is_graph_output():
+            yield value, tensor
+
+
+def _reference(
+    value: ir.Value, tensor: ir.TensorProtocol, location: str, offset: int
+) -> ir.ExternalTensor:
+    shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
+    return ir.ExternalTensor(location, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name)
 
 
 # Kinds whose arrays in memory are not laid out as ONNX Runtime stores them.

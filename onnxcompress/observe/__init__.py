@@ -50,8 +50,8 @@ Bounds = Mapping[str, tuple[float, float]]
 _T = TypeVar("_T")
 _NO_DATA = "there is no data to calibrate with: give at least one feed"
 _WORKERS = 8
-_LARGE = 1 << 26
-"""Bytes of weights from which a copy of them in a blocked layout costs more than it saves."""
+_LARGE = 1 << 29
+"""Bytes of weights from which writing them in a blocked layout costs more than it saves."""
 _SHARD = 8
 _BOUNDLESS = (-math.inf, math.inf)
 _SHARDS_IN_FLIGHT = 32
