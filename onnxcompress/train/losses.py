@@ -45,6 +45,8 @@ class Terms:
         self._values = {v.name: v for v in values_of(tape.graph)}
         self.targets: dict[str, ir.Value] = {}
         """Inputs that were added, by name."""
+        self.classes: dict[str, int] = {}
+        """How many classes there are to labels, by their name, where that is known."""
         self.hits: list[tuple[ir.Value, ir.Value]] = []
         """How many labels an output met, and how many there were: float32 scalars."""
 
@@ -124,11 +126,15 @@ class CrossEntropy:
     batch. With smoothing s, the wanted probability of the label is 1 - s, and s is shared by all
     classes (Szegedy et al., Rethinking the Inception Architecture, 2016). Also counts the labels
     that `output` is largest at, for the accuracy.
+
+    With `soft`, labels are float32 [n, ..., classes]: the wanted probabilities, as mixed samples
+    have them, or zeros where there is no label.
     """
 
     output: str
     labels: str = "labels"
     smoothing: float = 0.0
+    soft: bool = False
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -137,28 +143,44 @@ class CrossEntropy:
 
     def emit(self, terms: Terms) -> ir.Value:
         tape, logits = terms.tape, terms.value(self.output)
-        shape = list(logits.shape or ())
-        if not shape:
+        if not logits.shape:
             raise InputError(f"{self.output!r} has no axis of classes to take labels of")
-        labels = terms.target(self.labels, shape[:-1], ir.DataType.INT64)
-        given = tape.op("Cast", [tape.op("GreaterOrEqual", [labels, tape.constant(_ZERO)])],
-                        {"to": ir.DataType.FLOAT})  # fmt: skip
-        classes = tape.dim(logits, -1)
-        hot = tape.op("OneHot", [labels, classes, tape.constant(_OFF_ON)], {"axis": -1})
+        wanted, label, given = self._labels(terms, logits)
         log = tape.op("LogSoftmax", [logits], {"axis": -1}, like=logits)
-        found = terms.sum(tape.op("Mul", [hot, log], like=logits), -1)
+        found = terms.sum(tape.op("Mul", [wanted, log], like=logits), -1)
         if self.smoothing:
             even = terms.times(terms.mean(log, -1), self.smoothing)
             found = tape.op("Add", [terms.times(found, 1 - self.smoothing), even])
-        self._count(terms, logits, labels, given)
+        self._count(terms, logits, label, given)
         return tape.op("Neg", [terms.mean(tape.op("Mul", [found, given]))])
 
-    def _count(self, terms: Terms, logits: ir.Value, labels: ir.Value, given: ir.Value) -> None:
+    def _labels(self, terms: Terms, logits: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The wanted probabilities, their class, and 1 where there is a label."""
+        tape, shape = terms.tape, list(logits.shape or ())
+        if isinstance(shape[-1], int):
+            terms.classes[self.labels] = shape[-1]
+        if self.soft:
+            labels = terms.target(self.labels, shape, ir.DataType.FLOAT)
+            return labels, _largest(tape, labels), terms.sum(labels, -1)
+        labels = terms.target(self.labels, shape[:-1], ir.DataType.INT64)
+        there = tape.op("GreaterOrEqual", [labels, tape.constant(_ZERO)])
+        inputs = [labels, tape.dim(logits, -1), tape.constant(_OFF_ON)]
+        return tape.op("OneHot", inputs, {"axis": -1}), labels, _number(tape, there)
+
+    def _count(self, terms: Terms, logits: ir.Value, label: ir.Value, given: ir.Value) -> None:
         tape = terms.tape
-        best = tape.op("ArgMax", [logits], {"axis": -1, "keepdims": 0})
-        right = tape.op("Cast", [tape.op("Equal", [best, labels])], {"to": ir.DataType.FLOAT})
-        total = [tape.op("ReduceSum", [v], {"keepdims": 0}) for v in (right, given)]
-        terms.hits.append((total[0], total[1]))
+        right = _number(tape, tape.op("Equal", [_largest(tape, logits), label]))
+        found = [tape.op("Mul", [right, given]), given]
+        hits, labels = (tape.op("ReduceSum", [v], {"keepdims": 0}) for v in found)
+        terms.hits.append((hits, labels))
+
+
+def _largest(tape: Tape, value: ir.Value) -> ir.Value:
+    return tape.op("ArgMax", [value], {"axis": -1, "keepdims": 0})
+
+
+def _number(tape: Tape, truth: ir.Value) -> ir.Value:
+    return tape.op("Cast", [truth], {"to": ir.DataType.FLOAT})
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Objective:
     """Names of the counts of labels that were met, and of labels."""
     targets: Mapping[str, ir.Value] = field(repr=False)
     """What was added to the student's inputs."""
+    classes: Mapping[str, int]
+    """How many classes labels are of, by the labels' name, where that is known."""
 
     @property
     def scalars(self) -> list[str]:
@@ -63,6 +65,7 @@ def objective(model: ir.Model, losses: Sequence[Loss], trainable: Sequence[str])
         terms=_titles(losses, found) if len(losses) > 1 else {},
         hits=tuple((a.name or "", b.name or "") for a, b in terms.hits),
         targets=terms.targets,
+        classes=terms.classes,
     )
 
 

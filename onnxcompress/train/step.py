@@ -21,6 +21,7 @@ import onnx_ir as ir
 from onnxcompress.contract import Array
 from onnxcompress.errors import InputError
 from onnxcompress.session import Binding, Session
+from onnxcompress.train.augment import one_hot
 from onnxcompress.train.losses import Loss
 from onnxcompress.train.objective import LOSS, Objective, objective, squares, update, with_gradients
 from onnxcompress.train.optimizers import Optimizer
@@ -121,6 +122,16 @@ class Step:
         self.steps = 0
         """Updates so far."""
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of what the losses read of a batch beside the student's inputs."""
+        return tuple(self._objective.targets)
+
+    @property
+    def classes(self) -> Mapping[str, int]:
+        """How many classes labels are of, by the labels' name, where the model tells."""
+        return self._objective.classes
+
     def run(self, feed: Feed, lr: float | None = None) -> Tally:
         """Update the weights by one batch.
 
@@ -218,7 +229,19 @@ class Step:
         missing = [name for name in self._inputs if name not in feed]
         if missing:
             raise InputError(f"a batch has no array {missing[0]!r}, which training reads")
-        return {name: as_aligned(feed[name], dtype) for name, dtype in self._inputs.items()}
+        found = {name: self._label(name, feed[name]) for name in self._inputs}
+        return {name: as_aligned(found[name], dtype) for name, dtype in self._inputs.items()}
+
+    def _label(self, name: str, array: Array) -> Array:
+        """`array`; of labels, with class numbers in range, as probabilities where need be."""
+        classes = self.classes.get(name)
+        if classes is None or array.dtype.kind not in "iu":
+            return array
+        if array.size and array.max() >= classes:
+            raise InputError(
+                f"{name!r} holds {array.max()} but the model tells classes 0 to {classes - 1} apart"
+            )
+        return array if self._inputs[name].kind in "iu" else one_hot(array, classes)
 
     def _masked(self, masks: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
         """The views of gradients that have masked elements, and which these are."""

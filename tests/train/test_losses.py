@@ -1,5 +1,6 @@
 """Losses: values and gradients against formulas in double precision."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,21 @@ def test_samples_without_a_label_add_nothing_and_are_not_counted():
     assert values[hits] == (y.argmax(1) == labels).sum()
     _, alone, _ = emitted(CrossEntropy("y"), x=X[labels >= 0], labels=labels[labels >= 0])
     np.testing.assert_allclose(gradient, alone * (labels >= 0).sum() / N, rtol=1e-4, atol=1e-7)
+
+
+def test_labels_may_be_probabilities():
+    labels = np.where(np.arange(N) % 2, LABELS, -1)
+    hot = np.eye(C, dtype=np.float32)[labels] * (labels >= 0)[:, None]
+    loss = CrossEntropy("y", smoothing=0.1)
+    expected, slope, numbers = emitted(loss, labels=labels)
+    values, gradient, found = emitted(replace(loss, soft=True), labels=hot)
+    for name, other in zip(found.scalars, numbers.scalars, strict=True):
+        assert values[name] == pytest.approx(float(expected[other]), rel=1e-6)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-7)
+    mixed = (0.7 * np.eye(C)[LABELS] + 0.3 / C).astype(np.float32)
+    values, _, found = emitted(CrossEntropy("y", soft=True), labels=mixed)
+    y = X.astype(float) + BIAS
+    assert values[found.loss] == pytest.approx(cross_entropy(y, smoothing=0.3), rel=1e-5)
 
 
 def test_labels_of_a_sequence_have_one_for_each_place():
