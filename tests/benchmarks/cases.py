@@ -143,9 +143,7 @@ def _of_zoo(zoo: Path, name: str, setting: Setting) -> Case:
 
 
 def _zoo_score(zoo: Path, name: str, model: Path) -> Score:
-    told = json.loads(
-        _python(str(zoo / "zoo_eval.py"), str(zoo), name, str(model), "--threads", "2")
-    )
+    told = json.loads(_python(str(zoo / "zoo_eval.py"), str(zoo), name, str(model)))
     extra = told["extra"]
     agreement = extra.get("fp32_agree", extra.get("fp32_spearman", told["score"]))
     return Score(told["score"], agreement)
