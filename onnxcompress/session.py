@@ -134,7 +134,7 @@ class Session:
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Binding:
         """A way to run on these very arrays, again and again."""
         failure = f"cannot run {self._title}"
-        return Binding(self._session, self._run_options, failure, inputs, outputs)
+        return Binding(self._session, failure, inputs, outputs)
 
     def _run_values(self, feed: Feed) -> dict[str, Array]:
         """Lists need a run of their own: they come as arrays only, foreign tensors never do."""
@@ -160,12 +160,11 @@ class Binding:
     def __init__(
         self,
         session: Any,
-        options: Any,
         failure: str,
         inputs: Mapping[str, Array],
         outputs: Mapping[str, Array],
     ) -> None:
-        self._session, self._options, self._failure = session, options, failure
+        self._session, self._failure = session, failure
         self._bound = session.io_binding()
         self._arrays: dict[str, Any] = {}
         self.feed(inputs)
@@ -186,7 +185,7 @@ class Binding:
             InputError: if the arrays do not fit the model or an operator fails on them.
         """
         with _one_sentence(self._failure, "give data that suits the model"):
-            self._session.run_with_iobinding(self._bound, self._options)
+            self._session.run_with_iobinding(self._bound)
 
 
 def optimized_model(model: ir.Model | Path, *, optimization: Optimization = "all") -> ir.Model:
