@@ -95,6 +95,10 @@ class Tape:
         """A constant without axes, of the type of `like`."""
         return self.constant(np.array(number, dtype_of(like).numpy()))
 
+    def cast(self, value: ir.Value, like: ir.Value) -> ir.Value:
+        """`value` with elements of the type of `like`."""
+        return self.op("Cast", [value], {"to": dtype_of(like).value})
+
     def shape(self, value: ir.Value) -> ir.Value:
         """The shape of `value` as an int64 vector: a constant where it is known."""
         dims = dims_of(value)

@@ -205,7 +205,7 @@ def _within(tape: Tape, y: ir.Value, low: float, high: float) -> ir.Value:
 
 
 def _truth(tape: Tape, mask: ir.Value, like: ir.Value) -> ir.Value:
-    return tape.op("CastLike", [mask, like])
+    return tape.cast(mask, like)
 
 
 _SLOPES: Final[dict[str, Slope]] = {

@@ -136,9 +136,16 @@ def _bias(tape: Tape, node: ir.Node, dy: ir.Value) -> ir.Value | None:
 def _spread(
     tape: Tape, x: ir.Value, w: ir.Value, dy: ir.Value, win: Window, group: int
 ) -> ir.Value:
-    """What each position of the result gives back to the input that its kernel saw."""
+    """What each position of the result gives back to the input that its kernel saw.
+
+    ConvTranspose runs on one thread in ONNX Runtime, so a convolution does it where one can.
+    """
     options = {**win.attributes, "group": group}
     if math.prod(win.strides) == 1:
+        pads = [e - 1 - p for e, p in zip(win.extents * 2, (*win.begins, *win.ends), strict=True)]
+        kernel = _turned(tape, w, win, group)
+        if kernel is not None and min(pads) >= 0:
+            return tape.op("Conv", [dy, kernel], {**options, "pads": pads})
         return tape.op("ConvTranspose", [dy, w], options)
     dims = (dims_of(x) or ())[2:]
     left = [
@@ -152,6 +159,20 @@ def _spread(
         return tape.op("ConvTranspose", [dy, w], {**options, "output_padding": known})
     options["output_padding"] = [s - 1 for s in win.strides]
     return _cut(tape, tape.op("ConvTranspose", [dy, w], options), x, win)
+
+
+def _turned(tape: Tape, w: ir.Value, win: Window, group: int) -> ir.Value | None:
+    """The kernel that convolves back: last tap first, inputs for outputs; None for groups."""
+    m, c = sizes_of(w)[:2]
+    if group > 1 and not (c == 1 and m == group):
+        return None
+    if math.prod(win.kernel) > 1:
+        count = win.rank
+        ends = tape.ints(*[-(2**31)] * count), tape.ints(*range(2, 2 + count))
+        w = tape.op("Slice", [w, tape.ints(*[-1] * count), *ends, tape.ints(*[-1] * count)])
+    if group > 1:
+        return w
+    return tape.op("Transpose", [w], {"perm": [1, 0, *range(2, 2 + win.rank)]})
 
 
 def _cut(tape: Tape, value: ir.Value, like: ir.Value, win: Window) -> ir.Value:
@@ -173,47 +194,61 @@ class Site:
     window: Window
     group: int
 
+    @property
+    def positions(self) -> float:
+        """How many positions the result has; infinite where that is known at run time only."""
+        sizes = (dims_of(self.result) or (None,))[2:]
+        return math.prod(math.inf if n is None else n for n in sizes)
+
 
 def of_kernel(tape: Tape, site: Site) -> ir.Value:
     """The gradient of the kernel (M, C/group, *kernel).
 
-    For each tap the data that it saw is one strided slice, of the shape of the result; its
+    For each tap the data that it saw is one strided slice, of the size of the result; its
     product with the gradient, summed over positions and samples, is that tap's gradient. On the
-    CPU this takes half the time of an im2col and one product, and as long as the forward pass.
+    CPU this takes half the time of an im2col and one product. Slices are cheap with channels
+    last.
     """
     m, c, *kernel = sizes_of(site.weight)
     taps = math.prod(kernel)
-    if site.group == 1:
-        order, stacked = [taps, c, m], _by_rows(tape, site, m, c)
-        perm = [2, 1, 0]
-    elif c == 1 and m == site.group:
-        order, stacked, perm = [taps, m], _by_channel(tape, site), [1, 0]
+    if site.group > 1 and c == 1 and m == site.group:
+        stacked, order, perm = _by_channel(tape, site), [taps, m], [1, 0]
+    elif site.group > 1 or site.window.is_point:
+        stacked, order, perm = _by_group(tape, site, m, c), [m, taps, c], [0, 2, 1]
+    elif site.positions < 2 * m:
+        stacked, order, perm = _by_rows(tape, site, m, c), [taps, c, m], [2, 1, 0]
     else:
-        order, stacked, perm = [m, taps, c], _by_group(tape, site, m, c), [0, 2, 1]
-    if taps > 1 or site.group == 1:
+        stacked, order, perm = _by_sample(tape, site, m, c), [m, taps, c], [0, 2, 1]
+    if not site.window.is_point:
         stacked = tape.op("Reshape", [stacked, tape.ints(*order)])
         stacked = tape.op("Transpose", [stacked], {"perm": perm})
     return tape.op("Reshape", [stacked, tape.ints(m, c, *kernel)])
 
 
 def _by_rows(tape: Tape, site: Site, m: int, c: int) -> ir.Value:
-    """(taps·C, M): channels last, so that one Gemm a tap sums over all samples and positions."""
-    rank = site.window.rank
-    last = {"perm": [0, *range(2, 2 + rank), 1]}
-    data = tape.op("Transpose", [site.data], last)
-    gradient = tape.op("Transpose", [site.gradient], last)
-    gradient = tape.op("Reshape", [gradient, tape.ints(-1, m)])
-    seen = [tape.op("Reshape", [s, tape.ints(-1, c)]) for s in _seen(tape, site, data, first=1)]
-    taps = [tape.op("Gemm", [s, gradient], {"transA": 1}) for s in seen]
-    return _joined(tape, taps, axis=0)
+    """(taps·C, M): one product a tap over all samples, where each has few positions."""
+    rows = tape.op("Reshape", [_channels_last(tape, site, site.gradient), tape.ints(-1, m)])
+    seen = _seen(tape, site, _channels_last(tape, site, site.data), first=1)
+    lines = [tape.op("Reshape", [s, tape.ints(-1, c)]) for s in seen]
+    return _joined(tape, [tape.op("Gemm", [s, rows], {"transA": 1}) for s in lines], axis=0)
+
+
+def _by_sample(tape: Tape, site: Site, m: int, c: int) -> ir.Value:
+    """(M, taps·C): a product for each sample, which run side by side, and their sum."""
+    lines = tape.op("Reshape", [site.gradient, tape.ints(0, m, -1)])
+    seen = _seen(tape, site, _channels_last(tape, site, site.data), first=1)
+    rows = [tape.op("Reshape", [s, tape.ints(0, -1, c)]) for s in seen]
+    taps = [tape.op("MatMul", [lines, r]) for r in rows]
+    return _over_samples(tape, _joined(tape, taps, axis=2))
 
 
 def _by_channel(tape: Tape, site: Site) -> ir.Value:
     """(taps·M): a kernel for each channel (depthwise)."""
-    axes = tape.ints(0, *range(2, 2 + site.window.rank))
+    axes = tape.ints(*range(1 + site.window.rank))
+    gradient = _channels_last(tape, site, site.gradient)
     taps = [
-        tape.op("ReduceSum", [tape.op("Mul", [s, site.gradient]), axes], {"keepdims": 0})
-        for s in _seen(tape, site, site.data, first=2)
+        tape.op("ReduceSum", [tape.op("Mul", [s, gradient]), axes], {"keepdims": 0})
+        for s in _seen(tape, site, _channels_last(tape, site, site.data), first=1)
     ]
     return _joined(tape, taps, axis=0)
 
@@ -226,7 +261,15 @@ def _by_group(tape: Tape, site: Site, m: int, c: int) -> ir.Value:
         lines = tape.op("Reshape", [part, tape.ints(0, site.group, c, -1)])
         flipped = tape.op("Transpose", [lines], {"perm": [0, 1, 3, 2]})
         taps.append(tape.op("MatMul", [gradient, flipped]))
-    return tape.op("ReduceSum", [_joined(tape, taps, axis=3), tape.ints(0)], {"keepdims": 0})
+    return _over_samples(tape, _joined(tape, taps, axis=3))
+
+
+def _over_samples(tape: Tape, value: ir.Value) -> ir.Value:
+    return tape.op("ReduceSum", [value, tape.ints(0)], {"keepdims": 0})
+
+
+def _channels_last(tape: Tape, site: Site, value: ir.Value) -> ir.Value:
+    return tape.op("Transpose", [value], {"perm": [0, *range(2, 2 + site.window.rank), 1]})
 
 
 def _joined(tape: Tape, taps: list[ir.Value], axis: int) -> ir.Value:

@@ -67,7 +67,7 @@ def power(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
             number = float(known.reshape(()))
             slope = x if number == 2 else tape.op("Pow", [x, tape.scalar(number - 1, x)])
             return tape.op("Mul", [dy, tape.op("Mul", [slope, tape.scalar(number, x)])])
-        e = tape.op("CastLike", [exponent, x])
+        e = tape.cast(exponent, x)
         slope = tape.op("Pow", [x, tape.op("Sub", [e, tape.scalar(1, x)])])
         return tape.op("Mul", [dy, tape.op("Mul", [slope, e])])
 
@@ -75,7 +75,7 @@ def power(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
         positive = tape.op("Greater", [x, tape.scalar(0, x)])
         log = tape.op("Log", [tape.op("Where", [positive, x, tape.scalar(1, x)])])
         slope = tape.op("Mul", [y, log])
-        return tape.op("CastLike", [tape.op("Mul", [dy, slope]), exponent])
+        return tape.cast(tape.op("Mul", [dy, slope]), exponent)
 
     return _operands(tape, node, of_base, of_exponent)
 
@@ -105,7 +105,7 @@ def mean(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
 def extremum(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
     """Max and Min: operands that are equal to the result share its gradient evenly."""
     dy, y = _only(given), node.outputs[0]
-    masks = [tape.op("CastLike", [tape.op("Equal", [v, y]), y]) for v in node.inputs]
+    masks = [tape.cast(tape.op("Equal", [v, y]), y) for v in node.inputs]
     share = dy if len(masks) == 1 else tape.op("Div", [dy, tape.op("Sum", masks)])
     return _operands(tape, node, *[_times(tape, share, mask) for mask in masks])
 
@@ -142,7 +142,7 @@ def clip(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
         if not given:
             return dy
         mask = given[0] if len(given) == 1 else tape.op("And", given)
-        return tape.op("Mul", [dy, tape.op("CastLike", [mask, x])])
+        return tape.op("Mul", [dy, tape.cast(mask, x)])
 
     def cut(mask: ir.Value | None) -> Part:
         return lambda: kept(None if mask is None else tape.op("Not", [mask]))

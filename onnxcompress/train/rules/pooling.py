@@ -95,7 +95,7 @@ def global_average_pool(tape: Tape, node: ir.Node, given: Gradients) -> Gradient
 def global_max_pool(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
     """Equal maxima share evenly."""
     x, y = required(node, 0), node.outputs[0]
-    mask = tape.op("CastLike", [tape.op("Equal", [x, y]), x])
+    mask = tape.cast(tape.op("Equal", [x, y]), x)
     axes = tape.ints(*range(2, rank_of(x)))
     sharers = tape.op("ReduceSum", [mask, axes], {"keepdims": 1})
     return [tape.op("Mul", [mask, tape.op("Div", [given[0], sharers])])]

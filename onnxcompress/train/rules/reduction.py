@@ -72,7 +72,7 @@ def _sum(tape: Tape, node: ir.Node, dy: ir.Value, y: ir.Value) -> ir.Value:
 def _mean(tape: Tape, node: ir.Node, dy: ir.Value, y: ir.Value) -> ir.Value:
     x = required(node, 0)
     if _takes_all(node) and dims_of(x) is None:
-        number = tape.op("CastLike", [tape.op("Size", [x]), x])
+        number = tape.cast(tape.op("Size", [x]), x)
     else:
         number = count(tape, x, axes_of(node))
     return _expanded(tape, node, tape.op("Div", [dy, number]))
@@ -87,7 +87,7 @@ def count(tape: Tape, x: ir.Value, axes: tuple[int, ...]) -> ir.Value:
         if size is None:
             sizes = tape.op("Gather", [tape.shape(x), tape.ints(*axes)])
             product = tape.op("ReduceProd", [sizes], {"keepdims": 0})
-            return tape.op("CastLike", [product, x])
+            return tape.cast(product, x)
         number *= size
     return tape.scalar(number, x)
 
@@ -95,7 +95,7 @@ def count(tape: Tape, x: ir.Value, axes: tuple[int, ...]) -> ir.Value:
 def _extremum(tape: Tape, node: ir.Node, dy: ir.Value, y: ir.Value) -> ir.Value:
     """Equal extremes share evenly."""
     x = required(node, 0)
-    mask = tape.op("CastLike", [tape.op("Equal", [x, y]), x])
+    mask = tape.cast(tape.op("Equal", [x, y]), x)
     sharers = tape.op("ReduceSum", [mask, *node.inputs[1:]], {**node.attributes, "keepdims": 1})
     return tape.op("Mul", [mask, tape.op("Div", [dy, sharers])])
 
