@@ -38,6 +38,8 @@ from onnxcompress.report.summary import (
     skip_groups,
 )
 from onnxcompress.report.terminal import show
+from onnxcompress.report.training import curves
+from onnxcompress.train.history import Epoch, History
 from onnxcompress.validation import OutputFigures, Validation
 from onnxcompress.validation.audit import Audit
 from onnxcompress.validation.layers import Layer
@@ -300,6 +302,42 @@ def test_a_name_cannot_drive_the_terminal():
     shown = text(report(EVIL))
     assert "\x1b" not in shown and "[red]" in shown
     assert clean("a\x1b\nb\u202e") == "a\ufffd\ufffdb\ufffd"
+
+
+def epochs(number: int, **validation: float) -> tuple[Epoch, ...]:
+    training = {"loss": 2.0, "accuracy": 0.5}
+    return tuple(
+        Epoch(number=i + 1, rate=0.1, training=training, validation=validation)
+        for i in range(number)
+    )
+
+
+def test_training_is_drawn_by_epoch():
+    history = History(epochs=epochs(4, loss=1.0, accuracy=0.75), best=3)
+    loss, accuracy = curves(history)
+    assert [kind for kind, _ in loss.lines] == ["training", "validation"]
+    assert loss.lines[1][1] == "12.500,50.000 37.500,50.000 62.500,50.000 87.500,50.000"
+    assert loss.ticks[0] == (0.0, "0") and loss.ticks[-1] == (100.0, "2")
+    assert accuracy.lines[1][1].startswith("12.500,25.000 ")
+    assert accuracy.ticks[-1] == (100.0, "100 %")
+    assert loss.best == 62.5
+    assert "epoch 2" in loss.stops[1].title and "validation: loss 1" in loss.stops[1].title
+
+
+def test_one_epoch_without_validation_is_a_level_line():
+    (loss, accuracy) = curves(History(epochs=epochs(1)))
+    assert loss.lines == (("training", "0.000,0.000 100.000,0.000"),)
+    assert loss.best is None and accuracy.best is None
+
+
+def test_a_page_tells_of_training():
+    history = History(epochs=epochs(4, loss=1.0), best=3, monitor=EVIL, stopped=True)
+    page = render(replace(report(), training=history))
+    assert "the weights are those of epoch 3" in page and "<script>" not in page
+    assert page.count("<polyline") == 3
+    assert "<h2>Training</h2>" not in render(report())
+    plain = json.loads(to_json(replace(report(), training=history)))["training"]
+    assert plain["best"] == 3 and len(plain["epochs"]) == 4
 
 
 class Page(HTMLParser):

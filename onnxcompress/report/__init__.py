@@ -25,6 +25,7 @@ from onnxcompress.mixed import Mixed
 from onnxcompress.model_io import size_on_disk
 from onnxcompress.pipeline import Record
 from onnxcompress.report.gating import MEASURED, GateResult, check
+from onnxcompress.train.history import History
 from onnxcompress.validation import Validation
 from onnxcompress.validation.audit import Audit
 
@@ -105,6 +106,8 @@ class Report:
     """How much of the result's arithmetic runs on integers; None where that cannot be told."""
     mixed: Mixed | None = None
     """How layers were chosen to go back to float, where a budget asked for it."""
+    training: History | None = None
+    """The epochs of training, where there was any."""
     gates: tuple[GateResult, ...] = ()
     notes: tuple[str, ...] = ()
     """What a reader should know that is no warning: how data was split or converted."""

@@ -14,6 +14,7 @@ from onnxcompress.errors import InputError
 from onnxcompress.report import Report
 from onnxcompress.report import summary as say
 from onnxcompress.report.trade_off import trade_off
+from onnxcompress.report.training import curves
 from onnxcompress.validation.layers import Layer
 
 _WORST_LAYERS = 10
@@ -76,6 +77,7 @@ def render(report: Report) -> str:
         chart=layer_chart(validation.layers) if validation and validation.layers else None,
         worst=validation.worst_layers(_WORST_LAYERS) if validation else [],
         plot=trade_off(report.mixed) if report.mixed else None,
+        courses=curves(report.training) if report.training else [],
         parts=say.kernel_parts(report, _MOST_PARTS),
         skips=say.skip_groups(report),
         passes=say.passes_done(report),

@@ -43,7 +43,7 @@ def trade_off(mixed: Mixed) -> TradeOff:
     by_loss = mixed.max_loss is not None and all(t.verdict.loss is not None for t in mixed.trials)
     bound = mixed.max_loss if by_loss else mixed.min_sqnr
     figures = [_figure(trial, by_loss) for trial in mixed.trials]
-    top, step = _scale([*figures, *([] if bound is None else [bound])])
+    top, step = scale([*figures, *([] if bound is None else [bound])])
     height = 100 / top
     return TradeOff(
         label="lost, in points" if by_loss else "SQNR, in dB",
@@ -70,7 +70,7 @@ def _figure(trial: Trial, by_loss: bool) -> float:
     return min(trial.verdict.sqnr, _HIGHEST)
 
 
-def _scale(figures: Sequence[float]) -> tuple[float, float]:
+def scale(figures: Sequence[float]) -> tuple[float, float]:
     """A round upper end and the step between ticks, for a plot that begins at zero."""
     most = max(figures, default=0.0)
     if most <= 0:
