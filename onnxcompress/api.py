@@ -22,6 +22,7 @@ from onnxcompress.pipeline import Outcome, run
 
 ModelLike = ir.Model | str | Path
 Started = Callable[[str], None]
+Quantization = Literal["static", "dynamic", "weights", "float16", "bfloat16", "float8"]
 
 SAMPLES = 512
 """Feeds that calibration reads at most, unless told otherwise; more change no threshold."""
@@ -76,7 +77,7 @@ def quantize(
     model: ModelLike,
     data: Any = None,
     *,
-    scheme: Literal["static", "dynamic", "weights"] = "static",
+    scheme: Quantization = "static",
     effort: schemes.Effort = "fast",
     statistics: Statistics | None = None,
     target: str = "cpu",
@@ -90,33 +91,51 @@ def quantize(
     """Quantize a model, after the exact rewrites.
 
     Args:
-        data: what to calibrate with; static quantization needs it, or `statistics`.
+        data: what to calibrate with; static and float8 need it, or `statistics`; float16 and
+            bfloat16 leave in float32 what overflows in it.
         scheme: static (activations too, from statistics), dynamic (activations at run time), both
-            in 8 bits, or weights (alone, in 4 bits or 8; arithmetic stays in float).
+            in 8 bits, weights (alone, in 4 bits or 8; arithmetic stays in float), or short floats:
+            float8, where the target has it, float16 or bfloat16.
         effort: what static quantization does against its error; see `schemes.static`.
         statistics: what `calibrate` gave.
-        options: those of the pass, `InsertQdq`, `QuantizeDynamic` or `QuantizeWeights`.
+        options: those of the pass, `InsertQdq` (static, float8), `QuantizeDynamic`,
+            `QuantizeWeights` or `ConvertFloat16`.
 
     Raises:
         InputError: if the model or the data cannot be used, or neither data nor statistics are
             given where they are needed.
     """
     held, model = _is_held(model), as_model(model)
-    if scheme == "dynamic":
-        return run(model, schemes.dynamic(target, **options), started=started, copy=held)
-    if scheme == "weights":
-        return run(model, schemes.weights(target, **options), started=started, copy=held)
-    if data is None and statistics is None:
-        raise InputError(
-            "static quantization needs calibration data: give some, or use another scheme"
-        )
-    if data is None and effort == "thorough":
-        raise InputError("thorough quantization runs the model: give data beside the statistics")
+    passes = _passes(scheme, target, effort, options)
+    if scheme in ("static", "float8") and data is None:
+        if statistics is None:
+            raise InputError(
+                f"{scheme} quantization needs calibration data: give some, or use another scheme"
+            )
+        if effort == "thorough" and scheme == "static":
+            raise InputError(
+                "thorough quantization runs the model: give data beside the statistics"
+            )
     watch = None
-    if data is not None:
+    if data is not None and scheme not in ("dynamic", "weights"):
         watch = observer(as_data(data, model, images), samples, progress, executor)
-    passes = schemes.static(target, effort, **options)
     return run(model, passes, statistics=statistics, observer=watch, started=started, copy=held)
+
+
+def _passes(
+    scheme: Quantization, target: str, effort: schemes.Effort, options: dict[str, Any]
+) -> tuple[Pass, ...]:
+    match scheme:
+        case "static":
+            return schemes.static(target, effort, **options)
+        case "dynamic":
+            return schemes.dynamic(target, **options)
+        case "weights":
+            return schemes.weights(target, **options)
+        case "float8":
+            return schemes.float8(target, **options)
+        case "float16" | "bfloat16":
+            return schemes.half(scheme, target, **options)
 
 
 def prune(

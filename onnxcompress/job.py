@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -15,8 +14,9 @@ from typing import Any, Final, Literal
 from onnxcompress import schemes, targets
 from onnxcompress.api import SAMPLES, as_data, observer
 from onnxcompress.budget import Budget, largest_loss
+from onnxcompress.comparison import to_compare_on
 from onnxcompress.contract import Pass
-from onnxcompress.data import Data, Images
+from onnxcompress.data import Images
 from onnxcompress.errors import DataError, GateError, InputError
 from onnxcompress.gates import Gate
 from onnxcompress.measure import Measurement
@@ -26,29 +26,26 @@ from onnxcompress.pipeline import Outcome, run
 from onnxcompress.recipe import Recipe
 from onnxcompress.regions import memory_bound
 from onnxcompress.report import Attempt, Measured, ModelFile, Report, check
-from onnxcompress.report.gating import MEASURED
-from onnxcompress.session import Feed
 from onnxcompress.targets import Target
 from onnxcompress.variants import (
-    ALIKE,
     Stage,
     Variant,
-    because,
     judge,
-    left_out,
-    made_up,
     names_classes,
     record,
     set_beside,
     silent,
+    story,
     versions,
 )
+from onnxcompress.worth import GAIN, affordable, choose, differs
 
-Scheme = Literal["auto", "static", "dynamic", "weights", "float16", "bfloat16", "none"]
+Scheme = Literal["auto", "static", "dynamic", "weights", "float16", "bfloat16", "float8", "none"]
 Passes = tuple[Pass, ...]
 
 _HELD_OUT: Final = 0.2
-_MADE_UP_NOTE: Final = "no data was given: models were compared on made-up inputs"
+_SCREEN: Final = 32
+"""Runs of a few feeds that look for the layers that make nearly all of the noise."""
 _EXACT: Final = "exact rewrites only"
 _ELSEWHERE: Final = (
     "this machine does not run {}: nothing was timed, latency and memory decide nothing, and "
@@ -84,8 +81,10 @@ def compress(
     than the gates allow, activations take 16 bits if the target has kernels for them, and then
     layers go back to float until it holds (`mixed.mix`). Each variant is saved, run beside the
     original on held-out data, and timed in turns with it. Of those that pass all gates the one
-    with the least product of latency and size is kept; among equals, the most faithful. Where none
-    passes the default gates, the model is written as it came. For a target that this machine does
+    with the least product of latency and size is kept; among equals, the most faithful; with no
+    gate or budget given, one that is far more faithful for little more (`worth`), for which the
+    few layers that make nearly all of the error are tried in float. Where none passes the default
+    gates, the model is written as it came. For a target that this machine does
     not run nothing is timed, and latency decides nothing.
 
     Args:
@@ -95,8 +94,8 @@ def compress(
         recipe: passes to run in place of the schemes, with its own gates and target.
         effort: what static quantization does against its error; see `schemes.static`.
         scheme: try only this one; "weights" leaves the arithmetic in float, "float16" and
-            "bfloat16" too where the target has no kernels for them, "none" applies the exact
-            rewrites alone.
+            "bfloat16" too where the target has no kernels for them, "float8" is for targets that
+            have, "none" applies the exact rewrites alone.
         bits: of a weight, 4 or 8, with the scheme "weights".
         block_size: values that share a scale, with the scheme "weights".
         gates: bounds that the result must hold; `Budget.default_gates` when empty.
@@ -137,6 +136,8 @@ def compress(
         job.check_budget()
         job.widen(effort)
         job.mix()
+    if recipe is None:
+        job.refine()
     best = job.best()
     report = job.report(best)
     if best.refusal and not job.by_default:
@@ -149,43 +150,8 @@ def compress(
         report = job.report(None)
     with job.timed("save"):
         save(job.model if best.refusal else best.outcome.model, output)
-    measured = dataclasses.replace(report.measured, seconds=dict(job.seconds))
-    return dataclasses.replace(report, result=ModelFile.of(Path(output)), measured=measured)
-
-
-def validate(
-    original: str | Path,
-    candidate: str | Path,
-    *,
-    data: Any = None,
-    gates: Sequence[Gate] = (),
-    samples: int = SAMPLES,
-    images: Images | None = None,
-    threads: int = 1,
-    stage: Stage | None = None,
-) -> Report:
-    """Compare two model files on the same inputs: quality, size and latency, and hold the gates.
-
-    Args:
-        data: anything that `open_data` opens; made-up inputs when None.
-        samples: feeds to compare on at most.
-
-    Raises:
-        InputError: if a model or the data cannot be used or the interfaces differ.
-    """
-    model = load(original)
-    notes: tuple[str, ...] = (_MADE_UP_NOTE,)
-    evaluation: Data | list[Feed]
-    if data is None:
-        evaluation = made_up(model)
-    else:
-        opened = as_data(data, model, images)
-        evaluation = opened.first(samples)
-        notes = (*opened.notes, *left_out(opened, samples))
-    report = set_beside(
-        Path(original), Path(candidate), evaluation, threads=threads, stage=stage or silent
-    )
-    return dataclasses.replace(report, gates=check(gates, report), notes=notes, versions=versions())
+    measured = replace(report.measured, seconds=dict(job.seconds))
+    return replace(report, result=ModelFile.of(Path(output)), measured=measured)
 
 
 @dataclass(kw_only=True)
@@ -222,24 +188,15 @@ class _Job:
                 f"the last {held_out.size} of {len(self.calibration) + len(held_out)} feeds were "
                 "held out of calibration and used to compare"
             )
-        for data in (self.calibration, held_out):
-            self.notes.extend(data.notes if data else ())
-        if held_out is None:
-            self.notes.append(_MADE_UP_NOTE)
-            self.evaluation: Data | list[Feed] = made_up(self.model)
-        else:
-            self.evaluation = held_out.first(self.samples)
-            self.notes.extend(left_out(held_out, self.samples))
+        self.evaluation, notes = to_compare_on(held_out, self.model, self.samples)
+        self.notes += (*(self.calibration.notes if self.calibration else ()), *notes)
         if not self.runtime.measurable:
             self.notes.append(_ELSEWHERE.format(self.target))
         self.classes = names_classes(self.evaluation)
         self.by_default = not self.gates
-        if self.by_default:
-            self.gates = self.budget.default_gates(classes=self.classes)
-            if not self.runtime.measurable:
-                self.gates = tuple(g for g in self.gates if g.metric not in MEASURED)
-        else:
-            self.gates += self.budget.gates(classes=self.classes)
+        self.gates = self.budget.joined(
+            self.gates, classes=self.classes, timed=self.runtime.measurable
+        )
         self.original = ModelFile.of(self.source)
 
     def plans(
@@ -268,6 +225,11 @@ class _Job:
             yield "weights", schemes.weights(self.target, **blocks)
         if recipe is None and scheme in ("float16", "bfloat16"):
             yield scheme, schemes.half(scheme, self.target)
+        if recipe is None and scheme == "float8":
+            passes = schemes.float8(self.target)
+            if self.calibration is None:
+                raise InputError("the float8 scheme needs calibration data: give some")
+            yield scheme, passes
         yield _EXACT, schemes.exact()
 
     def by_region(self, effort: schemes.Effort) -> tuple[str, Passes] | None:
@@ -331,34 +293,45 @@ class _Job:
     def mix(self) -> None:
         """Return layers of the last variant to float where it misses a gate on quality."""
         variant = self.variants[-1] if self.variants else None
-        if self.mixed or self.calibration is None or variant is None or not variant.misses_quality:
+        if not self.mixed and variant and variant.misses_quality:
+            self._return_layers(variant, self.gates)
+
+    def refine(self) -> None:
+        """Return the few layers that make nearly all of the noise, where that may be worth it."""
+        if self.mixed or not self.faithful or not self.passing():
+            return
+        best = self.best()
+        if differs(best.report.validation):
+            better = Gate("sqnr", ">=", best.sqnr + GAIN)
+            most = affordable(best.latency)
+            self._return_layers(best, (*self.gates, better), most=most, runs=_SCREEN)
+
+    def _return_layers(self, variant: Variant, gates: Sequence[Gate], **limits: Any) -> None:
+        """Try `variant` with as few layers in float as these gates on quality take."""
+        if self.calibration is None:
             return
         name = f"{variant.scheme}, some layers in float"
         try:
             with self.timed(f"{name}: search"):
-                outcome = self._search(variant, name)
+                expected = record(self.source, self.evaluation)
+                outcome, self.mixed = mix(
+                    variant.outcome,
+                    self.target,
+                    self.calibration,
+                    lambda model: judge(
+                        self.source, model, self.evaluation, gates, expected, self.runtime
+                    ),
+                    min_sqnr=max((g.bound for g in gates if g.metric == "sqnr"), default=None),
+                    max_loss=largest_loss(gates),
+                    stage=lambda part: self.stage(f"{name}: {part}"),
+                    **limits,
+                )
             if outcome is not None:
                 self._measure(name, outcome)
         except InputError as error:
             if isinstance(error, DataError):
                 raise
             self.attempts.append(Attempt(scheme=name, kept=False, because=str(error)))
-
-    def _search(self, variant: Variant, name: str) -> Outcome | None:
-        assert self.calibration is not None
-        expected = record(self.source, self.evaluation)
-        outcome, self.mixed = mix(
-            variant.outcome,
-            self.target,
-            self.calibration,
-            lambda model: judge(
-                self.source, model, self.evaluation, self.gates, expected, self.runtime
-            ),
-            min_sqnr=max((g.bound for g in self.gates if g.metric == "sqnr"), default=None),
-            max_loss=largest_loss(self.gates),
-            stage=lambda part: self.stage(f"{name}: {part}"),
-        )
-        return outcome
 
     def _measure(self, name: str, outcome: Outcome) -> None:
         """Save the variant, run it beside the original and hold the gates."""
@@ -377,54 +350,45 @@ class _Job:
         self.alone = measured.measured.source
         for part, seconds in measured.measured.seconds.items():
             self.seconds[f"{name}: {part}"] = seconds
-        report = dataclasses.replace(
+        report = replace(
             measured,
             verb="compress",
             source=self.original,
             target=self.target,
             passes=outcome.records,
         )
-        gated = dataclasses.replace(report, gates=check(self.gates, report))
+        gated = replace(report, gates=check(self.gates, report))
         self.variants.append(Variant(scheme=name, outcome=outcome, report=gated))
 
     def passing(self) -> list[Variant]:
         """The variants that meet all gates."""
         return [v for v in self.variants if not v.refusal]
 
-    def best(self) -> Variant:
-        """Of the variants that pass, the one of least latency times size; else the first.
+    @property
+    def faithful(self) -> bool:
+        """Whether fidelity counts beyond the gates: nobody said what is enough, and price shows."""
+        return self.by_default and self.budget == Budget() and self.runtime.measurable
 
-        Of several that are alike in that, the most faithful.
-        """
+    def best(self) -> Variant:
+        """Of the variants that pass, the one that is chosen; else the first."""
         passing = self.passing()
-        if not passing:
-            return self.variants[0]
-        least = min(v.latency * v.size for v in passing)
-        alike = (v for v in passing if v.latency * v.size <= least * ALIKE)
-        return max(alike, key=lambda v: v.sqnr)
+        return choose(passing, faithful=self.faithful) if passing else self.variants[0]
 
     def report(self, best: Variant | None) -> Report:
         """The report of the variant that is kept, or of none, with the story of the others."""
-        story = [
-            Attempt(scheme=v.scheme, kept=v is best and not v.refusal, because=because(v, best))
-            for v in self.variants
-        ]
         if best is None:
             self.notes.append(_AS_IT_CAME)
         bare = Report(verb="compress", source=self.original, target=self.target)
-        return dataclasses.replace(
+        return replace(
             best.report if best else bare,
-            attempts=(*self.attempts, *story),
-            mixed=self.mixed and dataclasses.replace(self.mixed, kept=self._is_mixed(best)),
+            attempts=(*self.attempts, *story(self.variants, best)),
+            mixed=self.mixed and replace(self.mixed, kept=best is not None and best.is_mixed),
             notes=tuple(self.notes),
             versions=versions(),
-            measured=dataclasses.replace(
+            measured=replace(
                 best.report.measured if best else Measured(), seconds=dict(self.seconds)
             ),
         )
-
-    def _is_mixed(self, best: Variant | None) -> bool:
-        return best is not None and any(r.name == "restore_float" for r in best.outcome.records)
 
     @contextmanager
     def timed(self, name: str) -> Generator[None]:

@@ -108,6 +108,19 @@ def weights(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
     return (*exact(), opset, SplitTransposed(), InferShapes(), quantize, *_LAST)
 
 
+def float8(target: str, **options: Any) -> tuple[Pass, ...]:
+    """Operands of matrix products and convolutions in 8-bit floats, from statistics.
+
+    `options` are those of `InsertQdq`.
+
+    Raises:
+        InputError: if the target computes nothing in float8.
+    """
+    dtype = targets.load(target).float8
+    insert = InsertQdq(target=target, activations=dtype, **options)
+    return (*before_static(target, dtype), insert, *_LAST)
+
+
 def half(dtype: Half, target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
     """Weights in 16-bit floats, and arithmetic where the target has kernels for them.
 

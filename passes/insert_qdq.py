@@ -15,7 +15,7 @@ from onnxcompress.errors import InputError
 from onnxcompress.graph.placement import Placement, kernel_outputs, matches, place
 from onnxcompress.graph.quantized_weights import WeightStore
 from onnxcompress.graph.tied_scales import tie
-from onnxcompress.numerics.affine import RANGES, Affine, affine, even
+from onnxcompress.numerics.affine import FLOAT8, RANGES, Affine, affine, even
 from onnxcompress.numerics.thresholds import clip_range
 from onnxcompress.operators import averaged, data_inputs, output_range, slope
 
@@ -36,6 +36,10 @@ class InsertQdq(CalibratedPass):
     only move values run on the integers and keep their parameters. A DequantizeLinear output
     takes the name of the value that it stands for, so names and the graph's outputs survive.
 
+    With `activations` in float8, on targets that have it, the codes are 8-bit floats: scale is the
+    bound over the type's largest value (448 for float8e4m3fn), there is no zero_point, and only
+    what matrix products and convolutions read is rounded; outputs, and what others read, are not.
+
     Declines, with a line in the report: operators without an integer kernel on the target,
     weights that are computed or that the caller may override, values that are not float32,
     whatever `include` and `exclude` say, what calibration never came to.
@@ -48,7 +52,8 @@ class InsertQdq(CalibratedPass):
     run changes nothing).
 
     Source: Jacob et al., Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference, 2018; ONNX QuantizeLinear, DequantizeLinear.
+    Integer-Arithmetic-Only Inference, 2018; Micikevicius et al., FP8 Formats for Deep Learning,
+    2022; ONNX QuantizeLinear, DequantizeLinear.
     """
 
     name: ClassVar[str] = "insert_qdq"
@@ -58,7 +63,8 @@ class InsertQdq(CalibratedPass):
     activations: targets.Activations | None = None
     """Type of activations, one that the target takes; its own when None."""
     method: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
-    """How an activation's range is chosen from its histogram."""
+    """How an activation's range is chosen from its histogram; in float8, mse is minmax: steps grow
+    with the magnitude, so clipping gains nothing by squared error."""
     percentile: float = 99.999
     """Share of values, in percent, that the range covers with method percentile."""
     per_channel: bool = True
@@ -71,7 +77,9 @@ class InsertQdq(CalibratedPass):
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:
             raise InputError(f"percentile {self.percentile} is not over 50 and at most 100")
-        self._target()
+        target = self._target()
+        if self.method == "entropy" and target.activations.dtype in FLOAT8:
+            raise InputError("method entropy is for integers: take mse, percentile or minmax")
 
     def wants(self, model: ir.Model) -> Sequence[Want]:
         return _wants(self._place(model))
@@ -97,7 +105,8 @@ class InsertQdq(CalibratedPass):
         tie(plan, target, parameters)
         weights = WeightStore(model.graph, target, per_channel=self.per_channel)
         _Rewrite(plan, parameters, weights).run()
-        figures = {"integer kernels": len(plan.kernels), "quantized values": len(plan.roots)}
+        codes = "float8" if target.activations.dtype in FLOAT8 else "integer"
+        figures = {f"{codes} kernels": len(plan.kernels), "quantized values": len(plan.roots)}
         return Result(model, modified=True, skips=tuple(plan.skips), figures=figures)
 
     def _target(self) -> targets.Target:
@@ -140,9 +149,10 @@ class InsertQdq(CalibratedPass):
         if kernel is not None and kernel.fixed is not None:
             return even(*kernel.fixed, scheme.dtype)
         qmin, qmax = RANGES[scheme.dtype]
+        whole = self.method == "mse" and scheme.dtype in FLOAT8
         low, high = clip_range(
             _as_consumed(value, histogram),
-            self.method,
+            "minmax" if whole else self.method,
             qmin=qmin,
             qmax=qmax,
             symmetric=scheme.symmetric,
@@ -223,7 +233,9 @@ class _Rewrite:
         self.plan = plan
         self.parameters = parameters
         self.weights = weights
-        made = (kernel_outputs(node, weights.target) for node in plan.kernels)
+        kernels = weights.target.kernels
+        givers = (node for node in plan.kernels if kernels[node.op_type].output != "float")
+        made = (kernel_outputs(node, weights.target) for node in givers)
         self.produced = {value for values in made for value in values}
         self.move_roots = {node: plan.root(node.outputs[0]) for node in plan.moves}
         self.names = {root: root.name or "" for root in plan.roots}
@@ -242,10 +254,12 @@ class _Rewrite:
         parameters = self.parameters[root]
         users = list(root.uses())
         constants = self.weights.parameters(root.name or "", parameters)
-        quantizer = ir.node("QuantizeLinear", [root, *constants])
+        dtype = ir.DataType[parameters.dtype.upper()]
+        stated = {} if len(constants) > 1 else {"output_dtype": dtype.value}
+        quantizer = ir.node("QuantizeLinear", [root, *constants], stated)
         integers = quantizer.outputs[0]
         integers.name = self.weights.fresh(f"{root.name}_quantized")
-        integers.type = ir.TensorType(ir.DataType[parameters.dtype.upper()])
+        integers.type = ir.TensorType(dtype)
         integers.shape = root.shape
         quantizer.name = integers.name
         producer = root.producer()

@@ -120,7 +120,7 @@ def _spread(
                 plan.decline(node, reason)
                 continue
             plan.kernels[node] = None
-            if kernel.output != "either":
+            if kernel.output in ("integer", "wanted"):
                 carried.update(kernel_outputs(node, target))
         elif can_move(node, target, opset) and data_inputs(node)[0] in carried and wanted(node):
             plan.moves[node] = None

@@ -12,6 +12,7 @@ from onnxcompress.contract import Array
 from onnxcompress.graph.names import FreshNames
 from onnxcompress.graph.rewriting import insert
 from onnxcompress.numerics.affine import (
+    FLOAT8,
     SMALLEST_SCALE,
     Affine,
     affine,
@@ -62,10 +63,16 @@ class WeightStore:
         self.graph.register_initializer(value)
         return value
 
-    def parameters(self, name: str, parameters: Affine) -> tuple[ir.Value, ir.Value]:
-        """Scale, named after `name`, and zero_point as initializers; equal ones are made once."""
+    def parameters(self, name: str, parameters: Affine) -> tuple[ir.Value, ...]:
+        """Scale, named after `name`, and zero_point as initializers; equal ones are made once.
+
+        8-bit floats have none: ONNX Runtime 1.32 drops a Relu in front of a QuantizeLinear with a
+        zero_point of that type, and cannot load a Clip there.
+        """
         zero_point = f"{parameters.dtype}_zero_point"
         scale = self._once((name, "scale"), f"{name}_scale", parameters.scale)
+        if parameters.dtype in FLOAT8:
+            return (scale,)
         return scale, self._once((zero_point,), zero_point, parameters.zero_point)
 
     def _once(self, key: tuple[str, ...], name: str, array: Array) -> ir.Value:

@@ -1,7 +1,7 @@
 """Affine quantization: q = saturate(round(x / scale) + zero_point), as QuantizeLinear defines it.
 
 Rounding is to nearest even and scales are float32, so what is computed here is what ONNX
-Runtime computes at run time.
+Runtime computes at run time. The 8-bit floats are codes too, with a zero_point of zero.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -23,8 +24,16 @@ RANGES: Final[dict[str, tuple[int, int]]] = {
     "int16": (-32768, 32767),
     "uint16": (0, 65535),
     "int32": (-(2**31), 2**31 - 1),
+    "float8e4m3fn": (-448, 448),
+    "float8e5m2": (-57344, 57344),
 }
-"""Smallest and largest value of each integer type."""
+"""Smallest and largest finite value of each type of codes."""
+
+FLOAT8: Final[dict[str, np.dtype[Any]]] = {
+    "float8e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
+"""Types of codes that are floats themselves: their steps grow with the magnitude."""
 
 SMALLEST_SCALE: Final = np.float32(1e-30)
 """Keeps scales, and the products of two that scale a bias, clear of denormals."""
@@ -60,7 +69,7 @@ def affine(low: float, high: float, dtype: str, *, symmetric: bool = False) -> A
     if symmetric:
         middle = (qmin + qmax + 1) // 2
         scale = _float32_scale(max(-low, high) / (qmax - middle))
-        return Affine(scale, np.asarray(middle, dtype), dtype)
+        return Affine(scale, np.asarray(middle, numpy_type(dtype)), dtype)
     scale = _float32_scale((high - low) / (qmax - qmin))
     # A scale rounded up would let the largest code pass `high`, and ONNX Runtime then no longer
     # sees that QuantizeLinear already does the clipping of a Clip before it.
@@ -85,13 +94,15 @@ def symmetric_per_channel(bound: FloatArray, dtype: str, axis: int) -> Affine:
     """Symmetric parameters of each channel from the largest magnitude to represent in it, (C,)."""
     _, qmax = RANGES[dtype]
     scale = np.maximum((bound.astype(np.float64) / qmax).astype(np.float32), SMALLEST_SCALE)
-    return Affine(scale, np.zeros(scale.shape, dtype), dtype, axis)
+    return Affine(scale, np.zeros(scale.shape, numpy_type(dtype)), dtype, axis)
 
 
 def quantize(x: FloatArray, parameters: Affine) -> Array:
-    """The integers that QuantizeLinear gives for `x` (any shape), saturated to the type."""
+    """The codes that QuantizeLinear gives for `x` (any shape), saturated to the type."""
     scale, zero_point = _broadcast(parameters, x.ndim)
     qmin, qmax = parameters.range
+    if parameters.dtype in FLOAT8:
+        return np.clip(x / scale, qmin, qmax).astype(FLOAT8[parameters.dtype])
     q = np.asarray(np.rint(x / scale))
     q += zero_point
     np.clip(q, qmin, qmax, out=q)
@@ -99,9 +110,14 @@ def quantize(x: FloatArray, parameters: Affine) -> Array:
 
 
 def dequantize(q: Array, parameters: Affine) -> npt.NDArray[np.float32]:
-    """The values that DequantizeLinear gives for the integers `q` (any shape)."""
+    """The values that DequantizeLinear gives for the codes `q` (any shape)."""
     scale, zero_point = _broadcast(parameters, q.ndim)
     return (q.astype(np.float32) - zero_point.astype(np.float32)) * scale
+
+
+def numpy_type(dtype: str) -> np.dtype[Any]:
+    """What an array of such codes is made of."""
+    return FLOAT8[dtype] if dtype in FLOAT8 else np.dtype(dtype)
 
 
 def _broadcast(parameters: Affine, rank: int) -> tuple[npt.NDArray[np.float32], Array]:

@@ -16,24 +16,28 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from onnxcompress.errors import InputError, did_you_mean
-from onnxcompress.operators import TABLE
+from onnxcompress.numerics.affine import FLOAT8
+from onnxcompress.operators import TABLE, Role
 from onnxcompress.options import build
 from onnxcompress.plugins import load_plugin, plugins
 
-Activations = Literal["uint8", "int8", "uint16", "int16"]
-Floats = Literal["float16", "bfloat16", "float8e4m3fn"]
+Float8 = Literal["float8e4m3fn", "float8e5m2"]
+Activations = Literal["uint8", "int8", "uint16", "int16", Float8]
+Floats = Literal["float16", "bfloat16", Float8]
 _GROUP: Final = "onnxcompress.targets"
-_OPSET_OF_16_BITS: Final = 21
-"""The first whose QuantizeLinear gives 16 bits (ONNX operator changelog)."""
+_OPSET_OF_MORE_TYPES: Final = 21
+"""The first whose QuantizeLinear gives 16 bits, and float8 without a zero_point of that type (ONNX
+operator changelog)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """An operator that the runtime computes in integers."""
 
-    output: Literal["integer", "wanted", "either"] = "integer"
+    output: Literal["integer", "wanted", "either", "float"] = "integer"
     """integer: it needs a pair behind it. wanted: its output is an integer where a kernel reads it.
-    either: the same, but only kernels that start by themselves count as such."""
+    either: the same, but only kernels that start by themselves count as such. float: it never is,
+    and what reads it beside kernels does not have it rounded."""
     anchor: bool = False
     """Worth quantizing by itself; others follow where their inputs are integers already."""
     tied: bool = False
@@ -60,7 +64,7 @@ class ActivationScheme:
 class WeightScheme:
     """How the runtime wants weights; `pair_sums` as `Target.bounds_pair_sums` reads it."""
 
-    dtype: Literal["int8"]
+    dtype: Literal["int8", Float8]
     symmetric: Literal[True]
     per_channel: tuple[str, ...]
     """Operators whose weights may have a scale for each output channel."""
@@ -96,6 +100,8 @@ class Target:
 
     def __post_init__(self) -> None:
         named = (*self.kernels, *self.moves, *self.absorbs, *self.dynamic)
+        if (self.activations.dtype in FLOAT8) != (self.weights.dtype in FLOAT8):
+            raise InputError("activations and weights are both 8-bit floats or neither is")
         for operator in (*named, *self.weights.per_channel):
             if operator not in TABLE:
                 raise InputError(f"no operator {operator!r}{did_you_mean(operator, TABLE)}")
@@ -124,11 +130,46 @@ class Target:
         own = self.activations
         if dtype is None or dtype == own.dtype:
             return self
+        if dtype == "float8e4m3fn" or dtype == "float8e5m2":
+            return self._in_float8(dtype)
         if dtype not in own.alternatives:
             kinds = " or ".join((own.dtype, *own.alternatives))
             raise InputError(f"target {self.name!r} takes {kinds} activations, not {dtype}")
-        opset = max(self.opset, _OPSET_OF_16_BITS) if dtype.endswith("16") else self.opset
+        opset = max(self.opset, _OPSET_OF_MORE_TYPES) if dtype.endswith("16") else self.opset
         return replace(self, opset=opset, activations=replace(own, dtype=dtype))
+
+    @property
+    def float8(self) -> Float8:
+        """The 8-bit float that it multiplies.
+
+        Raises:
+            InputError: if there is none.
+        """
+        for dtype in self.floats:
+            if dtype == "float8e4m3fn" or dtype == "float8e5m2":
+                return dtype
+        raise InputError(
+            f"target {self.name!r} computes nothing in float8: aim at one that does (tensorrt), or "
+            "use another scheme"
+        )
+
+    def _in_float8(self, dtype: Float8) -> Target:
+        """The same with operands of matrix products and convolutions as 8-bit floats.
+
+        All else keeps its precision: it would gain no speed, and three bits are few.
+        """
+        if dtype not in self.floats:
+            raise InputError(f"target {self.name!r} computes nothing in {dtype}")
+        contractions = [op for op in self.kernels if TABLE[op].role is Role.CONTRACT]
+        return replace(
+            self,
+            opset=max(self.opset, _OPSET_OF_MORE_TYPES),
+            kernels=dict.fromkeys(contractions, Kernel(anchor=True, output="float")),
+            moves={},
+            absorbs=(),
+            activations=replace(self.activations, dtype=dtype, symmetric=True, alternatives=()),
+            weights=replace(self.weights, dtype=dtype, bias="float32", pair_sums="free"),
+        )
 
 
 def names() -> list[str]:

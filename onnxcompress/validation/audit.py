@@ -41,6 +41,8 @@ class Audit:
     """Multiply-accumulates of one sample's run; those of a body as often as the run came to it."""
     integer_macs: int
     """Those of them that kernels compute on integers."""
+    float8_macs: int = 0
+    """Those of them that the target computes on 8-bit floats, by its table."""
     unfused: tuple[Skip, ...] = ()
     """Operators between pairs that the runtime still computes in float: the pairs only cost."""
     promised: str = ""
@@ -69,13 +71,17 @@ def audit(model: ir.Model, feed: Feed, target: Target | None = None) -> Audit:
     _tell_apart(contractions, FreshNames(model.graph))
     promised = "" if target is None or target.measurable else target.name
     fused = _table_says(contractions, target) if target and promised else _fused(model)
+    float8 = _table_says_float8(contractions, target) if target and promised else set[str]()
     reason = f"{promised} has no kernel for it" if promised else "the runtime did not fuse it"
     macs = multiplications(model, contractions, feed)
-    integer = [n for n in contractions if n.op_type in INTEGERS or n.name in fused]
-    unfused = [n for n in contractions if n not in integer and _is_between_pairs(n)]
+    eighths = {n for n in contractions if n.name in float8}
+    integer = {n for n in contractions if n.op_type in INTEGERS or n.name in fused} - eighths
+    others = (n for n in contractions if n not in integer and n not in eighths)
+    unfused = [n for n in others if _is_between_pairs(n)]
     return Audit(
         macs=sum(macs.values()),
         integer_macs=sum(macs[node] for node in integer),
+        float8_macs=sum(macs[node] for node in eighths),
         unfused=tuple(Skip(n.name or "", n.op_type, reason) for n in unfused),
         promised=promised,
     )
@@ -101,8 +107,27 @@ def _table_says(nodes: Iterable[ir.Node], target: Target) -> set[str]:
     return {n.name or "" for n in nodes if n.op_type in target.kernels and _is_between_pairs(n)}
 
 
+def _table_says_float8(nodes: Iterable[ir.Node], target: Target) -> set[str]:
+    """Names of those of `nodes` that read float8 and that the target computes in it."""
+    said = _table_says(nodes, target)
+    kinds = {kind for kind in target.floats if kind.startswith("float8")}
+    return said & {n.name or "" for n in nodes if kinds & {_stored_type(v) for v in n.inputs[:2]}}
+
+
+def _stored_type(value: ir.Value | None) -> str:
+    """The type, as targets spell it, that DequantizeLinear made the value from."""
+    producer = None if value is None else value.producer()
+    codes = producer.inputs[0] if producer is not None else None
+    if codes is None:
+        return ""
+    quantizer = codes.producer()
+    stated = None if quantizer is None else quantizer.attributes.get("output_dtype")
+    dtype = codes.dtype if stated is None else ir.DataType(stated.as_int())
+    return "" if dtype is None else dtype.name.lower()
+
+
 def _is_between_pairs(node: ir.Node) -> bool:
-    """Whether the node reads a weight and data that were integers."""
+    """Whether the node reads a weight and data that were quantized."""
     read = [v.producer() for v in node.inputs[:2] if v is not None]
     return all(p is not None and p.op_type == "DequantizeLinear" for p in read)
 
