@@ -107,7 +107,11 @@ class Pass(ir.passes.InPlacePass):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedPass(Pass):
-    """A pass that needs statistics of values as they flow through the model it is given."""
+    """A pass that needs statistics of values as they flow through the model it is given.
+
+    One that is exact names anew the values that it changes, so what was observed of the others
+    still holds behind it.
+    """
 
     statistics: Statistics | None = field(default=None, repr=False, compare=False)
 

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import onnx_ir as ir
 
@@ -49,7 +50,8 @@ def run(
     """Apply `passes` to a copy of `model`, which shares its weights and not its graph.
 
     A calibrated pass gets `statistics` where they hold all that it wants; otherwise `observer`
-    runs the model as it stands. Neighbours share one observation while nothing changes.
+    runs the model as it stands. Neighbours share one observation while nothing changes, and
+    exact ones while what they want is still there.
 
     Args:
         model: left as it is, unless `copy` is False.
@@ -74,7 +76,8 @@ def _run(
     started: Callable[[str], None] | None,
 ) -> Outcome:
     records: list[Record] = []
-    for pass_ in passes:
+    passes = tuple(passes)
+    for index, pass_ in enumerate(passes):
         if started is not None:
             started(pass_.name)
         begin = time.perf_counter()
@@ -82,7 +85,8 @@ def _run(
             if observer is not None:
                 wants = pass_.wants(model)
                 if wants and (statistics is None or statistics.missing(wants)):
-                    statistics = observer(model, wants)
+                    soon = _wanted_soon(model, passes[index:])
+                    statistics = observer(model, [*wants, *soon])
             pass_ = dataclasses.replace(pass_, statistics=statistics)
         result = pass_(model)
         assert isinstance(result, Result)
@@ -97,9 +101,24 @@ def _run(
                 seconds,
             )
         )
-        if result.modified and observer is not None:
+        if result.modified and observer is not None and not _keeps_statistics(pass_):
             statistics = None
     return Outcome(model, tuple(records), statistics)
+
+
+def _keeps_statistics(pass_: Pass) -> TypeGuard[CalibratedPass]:
+    """Whether what was observed before the pass is right behind it: see `CalibratedPass`."""
+    return isinstance(pass_, CalibratedPass) and pass_.exact
+
+
+def _wanted_soon(model: ir.Model, passes: Sequence[Pass]) -> list[Want]:
+    """What exact passes right behind the first, if that is exact, want of the model as it is."""
+    wants: list[Want] = []
+    for index, pass_ in enumerate(passes):
+        if not _keeps_statistics(pass_):
+            break
+        wants += pass_.wants(model) if index else ()
+    return wants
 
 
 def options(pass_: Pass) -> dict[str, object]:

@@ -74,6 +74,38 @@ def test_neighbours_share_an_observation_until_something_changes() -> None:
     assert watch.runs == 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class LookExactly(Look):
+    """Names anew what it changes, if it does."""
+
+    exact: ClassVar[bool] = True
+    value: str = "h"
+    renames: bool = False
+
+    def wants(self, model: ir.Model) -> Sequence[Want]:
+        return [Want(self.value)] if any(v.name == self.value for v in values(model)) else []
+
+    def call(self, model: ir.Model) -> Result:
+        if wants := self.wants(model):
+            self.seen.append(self.observed(wants).histogram(self.value).maximum)
+        for value in values(model) if self.renames else ():
+            if value.name == self.value:
+                value.name = f"{self.value}2"
+        return Result(model, modified=self.renames)
+
+
+def values(model: ir.Model) -> list[ir.Value]:
+    return [value for node in model.graph for value in node.outputs]
+
+
+def test_exact_neighbours_share_what_neither_changed() -> None:
+    shared = [LookExactly(renames=True), LookExactly(value="y")]
+    watch, looks = Watch(), [*shared, LookExactly(value="h2"), Look()]
+    run(model(), looks[:3], observer=watch)
+    assert [look.seen for look in looks] == [[2.0], [-1.0], [3.0], []]
+    assert watch.runs == 2
+
+
 def test_given_statistics_are_used_without_running() -> None:
     watch, look = Watch(), Look()
     statistics = observe(model(), [{"x": np.array([7, 7], np.float32)}], [Want("h")])
