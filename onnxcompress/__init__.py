@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxcompress.api import calibrate, load_statistics, optimize, prune, quantize
+    from onnxcompress.comparison import validate
     from onnxcompress.contract import CalibratedPass, Pass, Result, Skip, Want
     from onnxcompress.data import Images, open_data
     from onnxcompress.errors import GateError, InputError, IntegrityError, OnnxCompressError
     from onnxcompress.gates import Gate
     from onnxcompress.inspection import inspect
-    from onnxcompress.job import compress, validate
+    from onnxcompress.job import compress
     from onnxcompress.measure import bench
     from onnxcompress.model_io import load, save
     from onnxcompress.pipeline import run
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 # module has the name of a function here, or importing it would hide the function.
 _MODULES = {
     "api": ("calibrate", "load_statistics", "optimize", "prune", "quantize"),
+    "comparison": ("validate",),
     "contract": ("CalibratedPass", "Pass", "Result", "Skip", "Want"),
     "data": ("Images", "open_data"),
     "errors": ("GateError", "InputError", "IntegrityError", "OnnxCompressError"),
     "gates": ("Gate",),
     "inspection": ("inspect",),
-    "job": ("compress", "validate"),
+    "job": ("compress",),
     "measure": ("bench",),
     "model_io": ("load", "save"),
     "pipeline": ("run",),

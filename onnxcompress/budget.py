@@ -8,7 +8,7 @@ from typing import Final
 
 from onnxcompress.errors import InputError
 from onnxcompress.gates import Gate
-from onnxcompress.report.gating import QUALITY
+from onnxcompress.report.gating import MEASURED, QUALITY
 
 DEFAULT_GATES: Final = (
     Gate("size_ratio", "<=", 1.0),
@@ -57,6 +57,17 @@ class Budget:
         if own := self.gates(classes=classes):
             return (*(gate for gate in DEFAULT_GATES if gate.metric not in QUALITY), *own)
         return (*DEFAULT_GATES, DEFAULT_DROP) if classes else DEFAULT_GATES
+
+    def joined(self, given: tuple[Gate, ...], *, classes: bool, timed: bool) -> tuple[Gate, ...]:
+        """All gates: those that were `given`, or the default ones, and the budget's.
+
+        Args:
+            timed: whether latency and memory are measured; no default gate holds them where not.
+        """
+        if given:
+            return given + self.gates(classes=classes)
+        found = self.default_gates(classes=classes)
+        return tuple(gate for gate in found if timed or gate.metric not in MEASURED)
 
 
 def largest_loss(gates: Iterable[Gate]) -> float | None:

@@ -51,6 +51,10 @@ _ELSEWHERE: Final = (
     "this machine does not run {}: nothing was timed, latency and memory decide nothing, and "
     "results were compared as they are written"
 )
+_UNPROVEN: Final = (
+    "this machine has not the kernels of {}, so it was not compared, and what did not run is not "
+    "believed; `quantize` writes it all the same ({})"
+)
 _AS_IT_CAME: Final = "no variant passed the gates: the output is the model as it came"
 
 
@@ -338,15 +342,21 @@ class _Job:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / self.source.with_suffix(".onnx").name
             save(outcome.model, path)
-            measured = set_beside(
-                self.source,
-                path,
-                self.evaluation,
-                threads=self.threads,
-                stage=lambda part: self.stage(f"{name}: {part}"),
-                source=self.alone,
-                target=self.runtime,
-            )
+            try:
+                measured = set_beside(
+                    self.source,
+                    path,
+                    self.evaluation,
+                    threads=self.threads,
+                    stage=lambda part: self.stage(f"{name}: {part}"),
+                    source=self.alone,
+                    target=self.runtime,
+                )
+            except InputError as error:
+                if self.runtime.measurable or isinstance(error, DataError):
+                    raise
+                reason = str(error).replace(str(path), "it")
+                raise InputError(_UNPROVEN.format(self.target, reason)) from error
         self.alone = measured.measured.source
         for part, seconds in measured.measured.seconds.items():
             self.seconds[f"{name}: {part}"] = seconds

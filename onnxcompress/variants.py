@@ -24,7 +24,7 @@ from onnxcompress.mixed import Verdict
 from onnxcompress.model_io import load
 from onnxcompress.observe import Progress
 from onnxcompress.pipeline import Outcome
-from onnxcompress.report import Measured, ModelFile, Report, check
+from onnxcompress.report import Attempt, Measured, ModelFile, Report, check
 from onnxcompress.report.gating import QUALITY, READERS
 from onnxcompress.session import Feed, Session
 from onnxcompress.targets import Target
@@ -61,6 +61,11 @@ class Variant:
         return any(not g.passed and g.gate.metric in QUALITY for g in self.report.gates)
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether layers of it were returned to float."""
+        return any(record.name == "restore_float" for record in self.outcome.records)
+
+    @property
     def latency(self) -> float:
         """Over the original's."""
         latency = self.report.measured.latency
@@ -71,6 +76,11 @@ class Variant:
         """Bytes over the original's."""
         assert self.report.result
         return self.report.result.size / self.report.source.size
+
+    @property
+    def cost(self) -> float:
+        """Latency times size, over the original's."""
+        return self.latency * self.size
 
     @property
     def sqnr(self) -> float:
@@ -193,9 +203,24 @@ def because(variant: Variant, best: Variant | None) -> str:
         return f"{figures}; {variant.refusal}"
     if best is None or variant is best:
         return f"{figures}; passes all gates"
+    if best.cost > variant.cost * ALIKE:
+        price = 100 * (best.cost / variant.cost - 1)
+        return f"{figures}; {best.scheme} has {_more(best, variant)} for {price:.0f} % more"
     smaller, faster = best.size * ALIKE < variant.size, best.latency * ALIKE < variant.latency
     words = [w for w, true in (("smaller", smaller), ("faster", faster)) if true]
     return f"{figures}; {best.scheme} is {' and '.join(words) or 'as small and fast, and no worse'}"
+
+
+def story(variants: Iterable[Variant], best: Variant | None) -> Iterator[Attempt]:
+    """What is told of each variant beside the one that is chosen."""
+    for v in variants:
+        kept = v is best and not v.refusal
+        yield Attempt(scheme=v.scheme, kept=kept, because=because(v, best))
+
+
+def _more(best: Variant, variant: Variant) -> str:
+    gain = best.sqnr - variant.sqnr
+    return "no error" if gain == float("inf") else f"{gain:.1f} dB"
 
 
 def names_classes(evaluation: Data | Sequence[Feed]) -> bool:

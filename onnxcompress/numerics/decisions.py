@@ -65,6 +65,8 @@ class Agreement:
     (None), two axes are taken for (sample, class), three are not; more than three never are."""
     best: Share = field(default_factory=Share)
     best_k: Share = field(default_factory=Share)
+    ranked: bool = False
+    """Whether the largest of class scores decides, so that their values matter by order alone."""
     _probability: bool = True
 
     def update(self, original: Array, candidate: Array) -> None:
@@ -76,6 +78,7 @@ class Agreement:
             self._probability &= bool(((a >= 0) & (a <= 1)).all())
             self.best.add(np.equal(a > 0.5, b > 0.5))
         elif self.classes is not False and a.ndim <= (3 if self.classes else 2):
+            self.ranked = True
             self.best.add(np.equal(a.argmax(axis=-1), b.argmax(axis=-1)))
             if self.k < a.shape[-1]:
                 self.best_k.add(within_top(a, b, self.k))

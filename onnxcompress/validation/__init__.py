@@ -48,6 +48,8 @@ class OutputFigures:
     cosine: float | None = None
     agreement: float | None = None
     """Share of equal decisions (`numerics.decisions`): top-1 for class scores."""
+    ranked: bool = False
+    """Whether the output was read as class scores, of which the largest decides."""
     agreement_top_k: float | None = None
     """Share of samples whose original class is among the candidate's best k."""
     score: Score | None = None
@@ -229,6 +231,7 @@ class _Output:
             sqnr=self.fidelity.sqnr,
             cosine=self.fidelity.cosine,
             agreement=self._agreement.equal,
+            ranked=self._agreement.ranked,
             agreement_top_k=self._agreement.top_k,
             score=self._score(),
             broken=self.fidelity.broken,

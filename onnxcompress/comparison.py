@@ -1,0 +1,58 @@
+"""Compares two model files, whoever wrote them: the verb `validate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import onnx_ir as ir
+
+from onnxcompress.api import SAMPLES, as_data
+from onnxcompress.data import Data, Images
+from onnxcompress.gates import Gate
+from onnxcompress.model_io import load
+from onnxcompress.report import Report, check
+from onnxcompress.session import Feed
+from onnxcompress.variants import Stage, left_out, made_up, set_beside, silent, versions
+
+_MADE_UP: Final = "no data was given: models were compared on made-up inputs"
+
+
+def to_compare_on(
+    data: Data | None, model: ir.Model, samples: int
+) -> tuple[Data | list[Feed], tuple[str, ...]]:
+    """As many feeds of `data` as `samples` says, or made-up ones, and what is to be said of it."""
+    if data is None:
+        return made_up(model), (_MADE_UP,)
+    return data.first(samples), (*data.notes, *left_out(data, samples))
+
+
+def validate(
+    original: str | Path,
+    candidate: str | Path,
+    *,
+    data: Any = None,
+    gates: Sequence[Gate] = (),
+    samples: int = SAMPLES,
+    images: Images | None = None,
+    threads: int = 1,
+    stage: Stage | None = None,
+) -> Report:
+    """Compare two model files on the same inputs: quality, size and latency, and hold the gates.
+
+    Args:
+        data: anything that `open_data` opens; made-up inputs when None.
+        samples: feeds to compare on at most.
+
+    Raises:
+        InputError: if a model or the data cannot be used or the interfaces differ.
+    """
+    model = load(original)
+    opened = None if data is None else as_data(data, model, images)
+    evaluation, notes = to_compare_on(opened, model, samples)
+    report = set_beside(
+        Path(original), Path(candidate), evaluation, threads=threads, stage=stage or silent
+    )
+    return dataclasses.replace(report, gates=check(gates, report), notes=notes, versions=versions())
