@@ -34,6 +34,7 @@ from onnxcompress.data.sources import (
     from_list,
     from_npz_folder,
     from_test_data,
+    pick,
 )
 from onnxcompress.errors import DataError, InputError
 from onnxcompress.plugins import load_plugin, plugins
@@ -144,6 +145,23 @@ class Data:
         source = replace(self.source, size=n, get=at, span=None)
         return replace(self, source=source, start=0, stop=None)
 
+    def picked(
+        self,
+        numbers: Sequence[int],
+        notes: tuple[str, ...] = (),
+        change: Callable[[Feed], Feed] | None = None,
+    ) -> Data:
+        """The feeds of these rising numbers, each changed by `change`, with more notes."""
+        picked = pick(self.source, [self.start + i for i in numbers], change)
+        return replace(self, source=picked, start=0, stop=None, notes=(*self.notes, *notes))
+
+    def unchecked(self) -> Iterator[Feed]:
+        """Inputs by name as `__iter__` gives them, but NaN and infinity too."""
+        for where, raw in self._items():
+            if not self.source.uniform:
+                check(raw, self.ports, where)
+            yield convert(raw, self.ports, where, finite=False)
+
     def split(self, fraction: float = 0.2) -> tuple[Data, Data]:
         """The data without its last `fraction`, and that part held out.
 
@@ -217,7 +235,9 @@ def _labels(where: str, raw: Mapping[str, Any]) -> Array:
     return np.atleast_1d(np.asarray(raw["labels"]))
 
 
-def open_data(source: Any, ports: Sequence[Port], *, images: Images | None = None) -> Data:
+def open_data(
+    source: Any, ports: Sequence[Port], *, images: Images | None = None, finite: bool = True
+) -> Data:
     """Open a source of feeds for a model's inputs (`interface(model)`).
 
     Args:
@@ -227,6 +247,7 @@ def open_data(source: Any, ports: Sequence[Port], *, images: Images | None = Non
             arrays as in an `.npz`, an ONNX Runtime CalibrationDataReader, a list or other iterable
             of feeds, or a callable that returns one of these.
         images: how an image becomes the input; needed for a folder of images.
+        finite: refuse at once what begins with NaN or infinity; False where it will be cleaned.
 
     Raises:
         InputError: if it does not exist, cannot be read, or does not suit the model.
@@ -240,7 +261,7 @@ def open_data(source: Any, ports: Sequence[Port], *, images: Images | None = Non
         raise InputError(f"{where} is empty: give at least one feed")
     place, raw = first
     check(raw, ports, place)
-    convert(raw, ports, place)
+    convert(raw, ports, place, finite=finite)
     if opened.size is not None and not opened.uniform:
         for place, raw in opened.items(1, None):
             check(raw, ports, place)

@@ -149,16 +149,18 @@ def shape_complaint(port: Port, shape: Sequence[int], where: str) -> str:
     )
 
 
-def convert(raw: Mapping[str, Any], ports: Iterable[Port], where: str) -> Feed:
+def convert(
+    raw: Mapping[str, Any], ports: Iterable[Port], where: str, *, finite: bool = True
+) -> Feed:
     """The checked feed as ONNX Runtime takes it: the model's dtypes, aligned, in C order.
 
     Raises:
-        InputError: for an integer out of range, and for NaN or infinity.
+        InputError: for an integer out of range and, if all must be `finite`, NaN and infinity.
     """
-    return {p.name: _convert(p, as_array(raw[p.name], where), where) for p in ports}
+    return {p.name: _convert(p, as_array(raw[p.name], where), where, finite) for p in ports}
 
 
-def _convert(port: Port, array: Array, where: str) -> Array:
+def _convert(port: Port, array: Array, where: str, finite: bool) -> Array:
     place = f"{where}: array {port.name!r}"
     if array.dtype.kind in "iu" and not np.can_cast(array.dtype, port.dtype):
         limits = np.iinfo(port.dtype)
@@ -166,7 +168,7 @@ def _convert(port: Port, array: Array, where: str) -> Array:
             raise InputError(f"{place} has values outside {port.dtype}, which the model takes")
     with np.errstate(over="ignore"):  # an overflow is found below as an infinity
         array = np.require(array, port.dtype, ["C_CONTIGUOUS", "ALIGNED"])
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InputError(f"{place} holds NaN or infinity as {port.dtype}: clean the data")
     return array
 

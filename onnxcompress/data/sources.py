@@ -122,6 +122,43 @@ class Once:
             self._kept = None
 
 
+@dataclass(frozen=True)
+class Picked:
+    """Some feeds of a source that only reading tells the length of."""
+
+    source: Source
+    numbers: frozenset[int]
+    change: Callable[[Item], Item]
+    size: int
+    uniform: bool
+    note: str
+
+    def items(self, start: int, stop: int | None) -> Iterator[Item]:
+        numbered = enumerate(self.source.items(0, None))
+        chosen = (self.change(item) for i, item in numbered if i in self.numbers)
+        return itertools.islice(chosen, start, stop)
+
+
+def pick(
+    source: Source,
+    numbers: Sequence[int],
+    change: Callable[[dict[str, Array]], dict[str, Array]] | None,
+) -> Source:
+    """The feeds of `source` that have these rising numbers, their arrays changed by `change`."""
+
+    def changed(item: Item) -> Item:
+        if change is None:
+            return item
+        where, raw = item
+        return where, change({name: np.asarray(value) for name, value in raw.items()})
+
+    size, uniform, note = len(numbers), source.uniform, source.note
+    if not isinstance(source, Indexed):
+        return Picked(source, frozenset(numbers), changed, size, uniform, note)
+    get = source.get
+    return Indexed(size, lambda i: changed(get(numbers[i])), uniform=uniform, note=note)
+
+
 def _guarded(
     begin: Callable[[], Iterable[Any]], where: str, ports: Sequence[Port]
 ) -> Iterator[Item]:
