@@ -78,8 +78,8 @@ class Smooth(CalibratedPass):
         for value, site in sites.items():
             name = value.name or ""
             low, high = statistics.channel_range(name, -1)
-            weight = np.concatenate([_matrix(layer) for layer in _layers(site, folding)])
-            factors, left = smoothing_factors(statistics.rows(name, _ROWS), low, high, weight)
+            weights = [_matrix(layer) for layer in _layers(site, folding)]
+            factors, left = smoothing_factors(statistics.rows(name, _ROWS), low, high, weights)
             gain = -10 * float(np.log10(left))
             try:
                 _apply(folding, value, site, factors, gain)

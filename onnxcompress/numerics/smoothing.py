@@ -13,6 +13,7 @@ Source: Xiao et al., SmoothQuant, 2023, for factors of the form max|x_j|^a / max
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -25,10 +26,12 @@ _INT8_MAX: Final = 127
 _FAINT: Final = 1e-2
 _STRENGTHS: Final = np.linspace(0, 1, 9)
 _FEWEST_ROWS: Final = 32
+_BLOCK: Final = 1 << 22
+"""Elements of a weight worked on in one go, so that none is copied whole."""
 
 
 def smoothing_factors(
-    rows: Floats, low: Floats, high: Floats, weight: Floats
+    rows: Floats, low: Floats, high: Floats, weights: Sequence[Floats]
 ) -> tuple[Floats, float]:
     """What to divide channels by, float64 (K,), and the error left as a share of that with ones.
 
@@ -39,33 +42,32 @@ def smoothing_factors(
     Args:
         rows: (n, K), a sample of x.
         low, high: (K,), extremes of all of x.
-        weight: (N, K).
+        weights: (N, K) each, N as it may be: of all that read x.
     """
     none = np.ones(len(low))
-    if len(rows) < _FEWEST_ROWS or not np.any(rows) or not np.any(weight):
+    largest = np.max([np.abs(block).max(axis=0) for block in _blocks(weights)], axis=0)
+    if len(rows) < _FEWEST_ROWS or not np.any(rows) or not np.any(largest):
         return none, 1.0
     known, unseen = rows[::2].astype(np.float64), rows[1::2].astype(np.float64)
     known_range = known.min(axis=0), known.max(axis=0)
-    least, best = _error(none, known_range, unseen, weight), None
+    least, best = _error(none, known_range, unseen, weights), None
     before = least
     for strength in _STRENGTHS:
         for against in {0.0, 1 - float(strength)}:
-            error = _error(
-                _factors(known_range, weight, strength, against), known_range, unseen, weight
-            )
+            factors = _factors(known_range, largest, strength, against)
+            error = _error(factors, known_range, unseen, weights)
             if error < least:
                 least, best = error, (strength, against)
     if best is None:
         return none, 1.0
-    return _factors((low, high), weight, *best), least / before
+    return _factors((low, high), largest, *best), least / before
 
 
 def _factors(
-    ranges: tuple[Floats, Floats], weight: Floats, strength: float, against: float
+    ranges: tuple[Floats, Floats], weights: Floats, strength: float, against: float
 ) -> Floats:
     magnitudes = np.maximum(*(np.abs(bound).astype(np.float64) for bound in ranges))
-    weights = np.abs(weight).max(axis=0).astype(np.float64)
-    logs = strength * _log(magnitudes) - against * _log(weights)
+    logs = strength * _log(magnitudes) - against * _log(weights.astype(np.float64))
     return np.exp(logs - logs.mean())
 
 
@@ -74,13 +76,25 @@ def _log(magnitudes: Floats) -> Floats:
     return np.log(np.maximum(magnitudes, _FAINT * magnitudes.max()))
 
 
-def _error(factors: Floats, ranges: tuple[Floats, Floats], rows: Floats, weight: Floats) -> float:
+def _error(
+    factors: Floats, ranges: tuple[Floats, Floats], rows: Floats, weights: Sequence[Floats]
+) -> float:
     low, high = min((ranges[0] / factors).min(), 0.0), max((ranges[1] / factors).max(), 0.0)
     scaled = rows / factors
     clipped = np.square(scaled - np.clip(scaled, low, high)).mean(axis=0)
     rounded = np.square((high - low) / _STEPS) / 12
-    columns = weight * factors.astype(weight.dtype)
-    lost_data = np.dot(rounded + clipped, np.einsum("nk,nk->k", columns, columns))
-    steps = np.abs(columns).max(axis=1) / _INT8_MAX
-    lost_weight = np.square(steps).sum() / 12 * np.square(scaled).mean(axis=0).sum()
+    energies, steps = np.zeros(len(factors)), 0.0
+    for block in _blocks(weights):
+        columns = block * factors.astype(block.dtype)
+        energies += np.einsum("nk,nk->k", columns, columns)
+        steps += float(np.square(np.abs(columns).max(axis=1) / _INT8_MAX).sum())
+    lost_data = np.dot(rounded + clipped, energies)
+    lost_weight = steps / 12 * np.square(scaled).mean(axis=0).sum()
     return float(lost_data + lost_weight)
+
+
+def _blocks(weights: Sequence[Floats]) -> Iterator[Floats]:
+    for weight in weights:
+        step = max(1, _BLOCK // max(1, weight.shape[1]))
+        for start in range(0, len(weight), step):
+            yield weight[start : start + step]

@@ -297,13 +297,15 @@ def test_factors() -> None:
     random = np.random.default_rng(0)
     rows, weight = random.standard_normal((256, WIDTH)), random.standard_normal((8, WIDTH))
     factors, left = smoothing_factors(
-        rows * OUTLIERS, *_range(rows * OUTLIERS), weight / np.sqrt(OUTLIERS)
+        rows * OUTLIERS, *_range(rows * OUTLIERS), [weight / np.sqrt(OUTLIERS)]
     )
     assert left < 0.5 and factors[OUTLIERS > 1].min() > 3 * factors[OUTLIERS == 1].max()
     rows[:, 5] = 0
-    factors, _ = smoothing_factors(rows, *_range(rows), weight)
+    factors, _ = smoothing_factors(rows, *_range(rows), [weight])
     assert np.isfinite(factors).all() and (factors > 0).all()
-    few, left = smoothing_factors(rows[:8], *_range(rows[:8]), weight)
+    halves = smoothing_factors(rows, *_range(rows), [weight[:5], weight[5:]])[0]
+    np.testing.assert_allclose(halves, factors, rtol=1e-9)
+    few, left = smoothing_factors(rows[:8], *_range(rows[:8]), [weight])
     assert left == 1 and (few == 1).all()
 
 
