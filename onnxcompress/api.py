@@ -19,6 +19,7 @@ from onnxcompress.observe import Observations, Progress, observe
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.prune_magnitude import PruneMagnitude
 from onnxcompress.pipeline import Outcome, run
+from onnxcompress.train.clean import Cleaner
 
 ModelLike = ir.Model | str | Path
 Started = Callable[[str], None]
@@ -177,9 +178,22 @@ def _is_held(model: ModelLike) -> bool:
     return isinstance(model, ir.Model)
 
 
-def as_data(source: Any, model: ir.Model, images: Images | None = None) -> Data:
+def as_data(
+    source: Any, model: ir.Model, images: Images | None = None, *, finite: bool = True
+) -> Data:
     """The data, opened against the model's inputs and checked."""
-    return open_data(source, interface(model), images=images)
+    return open_data(source, interface(model), images=images, finite=finite)
+
+
+def cleaned(source: Any, model: ModelLike, images: Images | None = None) -> Data:
+    """The data without feeds that are not finite or far out; its notes say which went.
+
+    Reads all of it once. `Cleaner` has the options.
+
+    Raises:
+        InputError: if the model or the data cannot be used, or no feed is finite.
+    """
+    return Cleaner().data(as_data(source, as_model(model), images, finite=False))[0]
 
 
 def observer(

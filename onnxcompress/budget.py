@@ -8,7 +8,7 @@ from typing import Final
 
 from onnxcompress.errors import InputError
 from onnxcompress.gates import Gate
-from onnxcompress.report.gating import MEASURED, QUALITY
+from onnxcompress.report.gating import MEASURED, QUALITY, GateResult
 
 DEFAULT_GATES: Final = (
     Gate("size_ratio", "<=", 1.0),
@@ -68,6 +68,17 @@ class Budget:
             return given + self.gates(classes=classes)
         found = self.default_gates(classes=classes)
         return tuple(gate for gate in found if timed or gate.metric not in MEASURED)
+
+    def check(self, held: Iterable[GateResult], *, classes: bool) -> None:
+        """See that the budget bounds something that the model has.
+
+        Raises:
+            InputError: if it does not.
+        """
+        asked = self.gates(classes=classes)
+        for result in held:
+            if result.gate in asked and result.figure is None:
+                raise InputError(f"the budget cannot be held: {result.reason}")
 
 
 def largest_loss(gates: Iterable[Gate]) -> float | None:

@@ -22,7 +22,6 @@ from typing import Final
 import onnx_ir as ir
 
 from onnxcompress import targets
-from onnxcompress.contract import Pass
 from onnxcompress.graph.pairs import Integers, is_restorable
 from onnxcompress.numerics.purchase import Purchase, purchases
 from onnxcompress.observe import Progress
@@ -174,6 +173,24 @@ def _allowed(first: Verdict, min_sqnr: float | None, max_loss: float | None) -> 
     return min(found, default=None)
 
 
+def returned(
+    outcome: Outcome, target: str, nodes: tuple[str, ...], packed: tuple[str, ...]
+) -> Outcome:
+    """`outcome` with kernels in float: the passes before, and those that return to it.
+
+    Args:
+        nodes: patterns of their names.
+        packed: of those whose weights stay integers in the file.
+    """
+    passes = (
+        RestoreFloat(target=target, nodes=nodes, packed=packed),
+        ShieldFloats(target=target),
+        RemoveUnused(),
+    )
+    done = run(outcome.model, passes)
+    return replace(done, records=(*outcome.records, *done.records))
+
+
 @dataclass(frozen=True, slots=True)
 class _Choice:
     """A candidate: kernels by their place in the graph."""
@@ -270,9 +287,11 @@ class _Search:
         return chosen
 
     def outcome(self, choice: _Choice) -> Outcome:
-        """What the whole story makes: the passes before, and those that return to float."""
-        done = run(self._outcome.model, self._passes(choice))
-        return replace(done, records=(*self._outcome.records, *done.records))
+        """What is written of a candidate."""
+        if not choice.floats:
+            return self._outcome
+        nodes, packed = self._names(choice.floats), self._names(choice.packed)
+        return returned(self._outcome, self.target.name, nodes, packed)
 
     def trials(self, chosen: _Choice | None) -> tuple[Trial, ...]:
         return tuple(
@@ -313,16 +332,6 @@ class _Search:
     def _share(self, floats: frozenset[int]) -> float:
         kept = sum(macs for i, macs in enumerate(self._macs) if i not in floats)
         return kept / sum(self._macs) if any(self._macs) else 0.0
-
-    def _passes(self, choice: _Choice) -> tuple[Pass, ...]:
-        if not choice.floats:
-            return ()
-        nodes, packed = self._names(choice.floats), self._names(choice.packed)
-        return (
-            RestoreFloat(target=self.target.name, nodes=nodes, packed=packed),
-            ShieldFloats(target=self.target.name),
-            RemoveUnused(),
-        )
 
     def _names(self, kernels: Iterable[int]) -> tuple[str, ...]:
         return tuple(sorted({glob.escape(kernel_name(self.kernels[i])) for i in kernels}))

@@ -7,20 +7,22 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxcompress.budget import largest_loss
 from onnxcompress.contract import Array
 from onnxcompress.data import Data
 from onnxcompress.errors import InputError
 from onnxcompress.gates import Gate
 from onnxcompress.measure import Measurement, measure, random_feed
 from onnxcompress.measure.latency import paired_latency
-from onnxcompress.mixed import Verdict
+from onnxcompress.mixed import Mixed, Verdict, mix, returned
 from onnxcompress.model_io import load
 from onnxcompress.observe import Progress
 from onnxcompress.pipeline import Outcome
@@ -62,8 +64,9 @@ class Variant:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether layers of it were returned to float."""
-        return any(record.name == "restore_float" for record in self.outcome.records)
+        """Whether some of its layers were returned to float, not none or all."""
+        nodes = (r.options["nodes"] for r in self.outcome.records if r.name == "restore_float")
+        return any(names != ("*",) for names in nodes)
 
     @property
     def latency(self) -> float:
@@ -137,6 +140,41 @@ def judge(
         sqnr=_sqnr(validation),
         loss=_loss(report),
     )
+
+
+def return_layers(
+    variant: Variant,
+    source: Path,
+    target: Target,
+    calibration: Data,
+    evaluation: Data | Sequence[Feed],
+    gates: Sequence[Gate],
+    **options: Any,
+) -> tuple[Outcome | None, Mixed | None]:
+    """Return as few layers of `variant` to float as the gates on quality take.
+
+    Args:
+        options: those of `mix`.
+    """
+
+    @cache
+    def expected() -> Outputs | None:
+        return record(source, evaluation)
+
+    return mix(
+        variant.outcome,
+        target.name,
+        calibration,
+        lambda model: judge(source, model, evaluation, gates, expected(), target),
+        min_sqnr=max((g.bound for g in gates if g.metric == "sqnr"), default=None),
+        max_loss=largest_loss(gates),
+        **options,
+    )
+
+
+def all_in_float(variant: Variant, target: str) -> Outcome:
+    """`variant` with its weights as integers in the file, and all arithmetic in float."""
+    return returned(variant.outcome, target, ("*",), ("*",))
 
 
 def set_beside(

@@ -1,7 +1,7 @@
 """What is chosen of the variants that pass: the cheapest, or one that is far more faithful.
 
 Cost is latency times size. Int8 whose outputs somebody could tell from the float model's is given
-up for ten decibels, an error a tenth as strong, where they cost at most a quarter more. Both are
+up for ten decibels, an error a tenth as strong, where they cost at most 0.3 more. Both are
 measured on the model at hand: rounding that all layers share costs what integers gain and stays,
 damage that a few layers do goes.
 """
@@ -16,7 +16,7 @@ from onnxcompress.variants import ALIKE, Variant
 
 GAIN: Final = 10.0
 """dB of SQNR that are worth `PRICE`."""
-PRICE: Final = 0.25
+PRICE: Final = 0.3
 """Share of a variant's cost that may be paid for it."""
 _CLEAR: Final = 30.0
 """dB: an error of 3 %, below which values are told apart."""

@@ -16,7 +16,7 @@ from onnxcompress.errors import GateError, InputError
 
 if TYPE_CHECKING:
     from onnxcompress.api import Quantization
-    from onnxcompress.job import Scheme
+    from onnxcompress.attempts import Scheme
     from onnxcompress.observe import Progress
     from onnxcompress.pipeline import Outcome
     from onnxcompress.report import Report
@@ -81,6 +81,7 @@ atexit.register(gc.freeze)
 @flags.samples
 @flags.threads
 @flags.images
+@flags.clean
 @flags.report
 @flags.as_json
 def compress(
@@ -100,6 +101,7 @@ def compress(
     samples: int,
     threads: int,
     images: str | None,
+    clean: bool,
     report: Path | None,
     as_json: bool,
 ) -> None:
@@ -111,8 +113,8 @@ def compress(
 
     Without gates or a budget, outputs that could be told from the float model's (SQNR below
     30 dB or, of class scores, more than a tenth of the decisions) count too: a variant with
-    10 dB more is kept where it costs at most a quarter more, and the few layers that make nearly
-    all of the error are tried in float for that.
+    10 dB more is kept where it costs at most 0.3 more, and the few layers that make nearly all of
+    the error are tried in float for that.
 
     Without --gate these gates hold: size_ratio <= 1, latency_ratio <= 1.03 (3 % is the noise of
     a measurement), sqnr >= 10 and, where there are labels, accuracy_drop <= 0.02. A model that no
@@ -148,6 +150,7 @@ def compress(
                 max_drop=max_drop,
                 min_sqnr=min_sqnr,
                 images=flags.read_images(images),
+                clean=clean,
                 samples=samples,
                 threads=threads,
                 stage=stage,
@@ -227,6 +230,7 @@ def optimize(model: Path, output: Path, as_json: bool) -> None:
 @flags.target
 @flags.samples
 @flags.images
+@flags.clean
 @flags.as_json
 def quantize(
     model: Path,
@@ -238,6 +242,7 @@ def quantize(
     target: str,
     samples: int,
     images: str | None,
+    clean: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -250,6 +255,8 @@ def quantize(
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     _refuse_others(scheme, {**given, "calibrate": calibrate, "statistics": statistics or None})
+    pixels = flags.read_images(images)
+    data = api.cleaned(calibrate, model, pixels) if clean and calibrate else calibrate
     merged = merge_all([api.load_statistics(path) for path in statistics]) if statistics else None
     _rewrite(
         "quantize",
@@ -258,16 +265,17 @@ def quantize(
         as_json,
         lambda stage: api.quantize(
             model,
-            calibrate,
+            data,
             scheme=scheme,
             effort=effort,
             statistics=merged,
             target=target,
             samples=samples,
-            images=flags.read_images(images),
+            images=pixels,
             progress=stage("calibrating"),
             **given,
         ),
+        notes=() if data is None or isinstance(data, str) else data.notes,
     )
 
 
@@ -286,6 +294,7 @@ def quantize(
 @flags.target
 @flags.samples
 @flags.images
+@flags.clean
 @flags.as_json
 def calibrate(
     model: Path,
@@ -294,6 +303,7 @@ def calibrate(
     target: str,
     samples: int,
     images: str | None,
+    clean: bool,
     as_json: bool,
 ) -> None:
     """Observe MODEL on DATA, for `quantize --statistics`.
@@ -305,22 +315,30 @@ def calibrate(
     from onnxcompress.report import listing
 
     check_writable(output)
+    pixels = flags.read_images(images)
+    chosen = api.cleaned(data, model, pixels) if clean else data
     with stages(as_json) as stage:
         found = api.calibrate(
             model,
-            data,
+            chosen,
             target=target,
             samples=samples,
-            images=flags.read_images(images),
+            images=pixels,
             progress=stage("calibrating"),
         )
     found.save(output)
+    notes = () if isinstance(chosen, str) else chosen.notes
     content = {
         "statistics": output.name,
         "values": [want.value for want in found.kept],
+        "notes": list(notes),
         "unobserved": {want.value: reason for want, reason in found.reasons.items()},
     }
-    emit(content, as_json, lambda console: listing.show_observations(output.name, found, console))
+    emit(
+        content,
+        as_json,
+        lambda console: listing.show_observations(output.name, found, notes, console),
+    )
 
 
 @main.command(
@@ -455,6 +473,7 @@ def _rewrite(
     output: Path,
     as_json: bool,
     work: Callable[[Callable[[str], Progress]], Outcome],
+    notes: tuple[str, ...] = (),
 ) -> None:
     """Run a verb that rewrites without comparing, save, and tell what was done."""
     from onnxcompress.model_io import check_writable, save
@@ -466,7 +485,8 @@ def _rewrite(
     original = ModelFile.of(source)
     save(outcome.model, output)
     result = ModelFile.of(output)
-    tell(Report(verb=verb, source=original, result=result, passes=outcome.records), None, as_json)
+    report = Report(verb=verb, source=original, result=result, passes=outcome.records, notes=notes)
+    tell(report, None, as_json)
 
 
 _BELONGS: Final = {

@@ -108,6 +108,12 @@ target = click.option(
     "a package adds.",
 )
 images = click.option("--images", help="How a folder of images becomes the input; see below.")
+clean = click.option(
+    "--clean",
+    is_flag=True,
+    help="Leave out inputs that are not finite or, of those observed, far from all others; the "
+    "notes say which.",
+)
 samples = click.option(
     "--samples",
     type=click.IntRange(1),
