@@ -163,7 +163,11 @@ def distill(
     )
     size = open_samples(pool, interface(told), ()).size
     return Distilled(
-        run(trained.model, (ForgetShapes(),), copy=False).model, trained.history, chosen, size, _known(pool) if _hits(chosen) else 0
+        run(trained.model, (ForgetShapes(),), copy=False).model,
+        trained.history,
+        chosen,
+        size,
+        _known(pool) if _hits(chosen) else 0,
     )
 
 
