@@ -104,7 +104,7 @@ def _carrying(graph: ir.Graph, wrt: Sequence[ir.Value]) -> AbstractSet[ir.Value]
     """The values that depend on `wrt` in a way that a gradient can follow."""
     carrying = set(wrt)
     for node in graph:
-        if any(v in carrying for v in _reads(node)):
+        if any(v in carrying for v in reads(node)):
             carrying.update(v for v in node.outputs if _carries(v, node, carrying))
     return carrying
 
@@ -124,11 +124,11 @@ def _between(graph: ir.Graph, loss: ir.Value, carrying: AbstractSet[ir.Value]) -
     for node in reversed(graph):
         if any(v in leads and v in carrying for v in node.outputs):
             path.append(node)
-            leads.update(v for v in _reads(node) if v in carrying)
+            leads.update(v for v in reads(node) if v in carrying)
     return path[::-1]
 
 
-def _reads(node: ir.Node) -> list[ir.Value]:
+def reads(node: ir.Node) -> list[ir.Value]:
     """The inputs of a node, and what its bodies read of the graph around them."""
     inner = (v for body in subgraphs(node) for n in body.all_nodes() for v in n.inputs)
     return [v for v in chain(node.inputs, inner) if v is not None]

@@ -25,6 +25,7 @@ from onnxcompress.train.augment import Augmentation, bound, softens
 from onnxcompress.train.checkpoint import Checkpoint, digest, model_digest
 from onnxcompress.train.history import Epoch, History
 from onnxcompress.train.losses import CrossEntropy, Loss
+from onnxcompress.train.objective import weights_read
 from onnxcompress.train.optimizers import AdamW, Optimizer
 from onnxcompress.train.parameters import trainable_weights
 from onnxcompress.train.samples import Samples, fixed_batch, open_samples
@@ -91,7 +92,8 @@ def train(
         checkpoint: a file that training goes on from if it is there. Written every
             `checkpoint_seconds` and at the end.
         augment: called one after the other on each batch that is trained on.
-        trainable: patterns of the weights to train; see `parameters.trainable_weights`.
+        trainable: patterns of the weights to train; see `parameters.trainable_weights`. What the
+            losses do not depend on is left as it is.
         masks: see `Step`, as `clip_norm` and `threads`.
         accumulate: pieces that a batch is computed in; 1, or as many as the model's first
             dimension demands.
@@ -104,7 +106,8 @@ def train(
     _check(epochs, batch_size, seed, patience, evaluate)
     ports = interface(model)
     pieces = _pieces(batch_size, accumulate, fixed_batch(ports))
-    names = trainable_weights(model, trainable)
+    read = weights_read(model, losses)
+    names = [n for n in trainable_weights(model, trainable) if n in read or n in trainable]
     if softens(augment):
         losses = [replace(x, soft=True) if isinstance(x, CrossEntropy) else x for x in losses]
     step = Step(

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxcompress.errors import InputError
 from onnxcompress.graph.inference import infer
 from onnxcompress.passes.raise_opset import RaiseOpset
-from onnxcompress.train.gradients import LEAST_OPSET, add_gradients
+from onnxcompress.train.gradients import LEAST_OPSET, add_gradients, reads
 from onnxcompress.train.losses import Loss, Terms
 from onnxcompress.train.optimizers import Optimizer
 from onnxcompress.train.tape import Tape
@@ -67,6 +67,21 @@ def objective(model: ir.Model, losses: Sequence[Loss], trainable: Sequence[str])
         targets=terms.targets,
         classes=terms.classes,
     )
+
+
+def weights_read(model: ir.Model, losses: Sequence[Loss]) -> set[str]:
+    """Names of the initializers that the losses depend on."""
+    found = objective(model, losses, [])
+    graph = found.model.graph
+    waiting = [v for node in graph for v in node.outputs if v.name == found.loss]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop().producer()
+        if node is not None:
+            new = {v for v in reads(node) if v not in seen}
+            seen |= new
+            waiting.extend(new)
+    return {name for name, value in graph.initializers.items() if value in seen}
 
 
 def _prepared(model: ir.Model) -> ir.Model:

@@ -140,7 +140,7 @@ class AdamW:
     def coefficients(self, lr: float, step: int, decay: bool) -> dict[str, float]:
         first, second = (1 - beta**step for beta in self.betas)
         keep = 1 - lr * self.weight_decay * decay
-        return {"keep": keep, "rate": lr / first, "root": 1 / sqrt(second)}
+        return {"keep": keep, "rate": lr * sqrt(second) / first, "eps": self.eps * sqrt(second)}
 
     def emit(
         self,
@@ -153,8 +153,7 @@ class AdamW:
         square = tape.op("Mul", [gradient, gradient])
         mean = _average(tape, states["mean"], gradient, self.betas[0])
         variance = _average(tape, states["variance"], square, self.betas[1])
-        deviation = tape.op("Mul", [tape.op("Sqrt", [variance]), coefficients["root"]])
-        bounded = tape.op("Add", [deviation, tape.scalar(self.eps, weight)])
+        bounded = tape.op("Add", [tape.op("Sqrt", [variance]), coefficients["eps"]])
         step = tape.op("Div", [tape.op("Mul", [mean, coefficients["rate"]]), bounded])
         kept = tape.op("Mul", [weight, coefficients["keep"]])
         return tape.op("Sub", [kept, step]), {"mean": mean, "variance": variance}

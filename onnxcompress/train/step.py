@@ -9,11 +9,13 @@ batch where it does not begin on a boundary of a cache line.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +30,9 @@ from onnxcompress.train.optimizers import Optimizer
 from onnxcompress.train.parameters import Layout, aligned, as_aligned
 
 Feed = Mapping[str, Array]
+
+_MANY: Final = 4
+"""Stretches of weights from which it is worth waking other threads."""
 
 
 @dataclass(frozen=True)
@@ -214,16 +219,25 @@ class Step:
             found = self._optimizer.coefficients(lr, self.steps, decay) | clip
             for name, array in scalars.items():
                 array[...] = found[name]
-            for binding in bindings:
-                binding.run()
+            self._run_each(bindings)
 
     def _clip(self) -> float:
         assert self._clip_norm is not None
-        total = 0.0
-        for found, binding in self._squares:
-            binding.run()
-            total += float(found)
+        self._run_each([binding for _, binding in self._squares])
+        total = math.fsum(float(found) for found, _ in self._squares)
         return min(1.0, self._clip_norm / max(math.sqrt(total), 1e-12))
+
+    def _run_each(self, bindings: Sequence[Binding]) -> None:
+        """Stretch by stretch; many of them on all cores, each on one."""
+        if len(bindings) < _MANY:
+            for binding in bindings:
+                binding.run()
+        else:
+            list(self._workers.map(Binding.run, bindings))
+
+    @cached_property
+    def _workers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads or os.cpu_count())
 
     def _checked(self, feed: Feed) -> dict[str, Array]:
         missing = [name for name in self._inputs if name not in feed]
@@ -276,7 +290,7 @@ class Step:
     def _bind_updates(self) -> dict[bool, tuple[dict[str, Array], list[Binding]]]:
         """Scalars and the stretches that are updated with them, by whether weights decay."""
         graph = update(self._optimizer, clipped=self._clip_norm is not None)
-        session = Session(graph.model, threads=self._threads, spinning=False, training=True)
+        session = Session(graph.model, threads=1, training=True)
         flat = {**self._flat, "gradient": self._total}
         found: dict[bool, tuple[dict[str, Array], list[Binding]]] = {}
         for chunk in self._layout.chunks:

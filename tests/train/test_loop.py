@@ -17,7 +17,7 @@ from onnxcompress.session import Session
 from onnxcompress.train.augment import Mixup, Noise
 from onnxcompress.train.history import History
 from onnxcompress.train.loop import train
-from onnxcompress.train.losses import CrossEntropy, KullbackLeibler, MeanSquared
+from onnxcompress.train.losses import CrossEntropy, FeatureMatch, KullbackLeibler, MeanSquared
 from onnxcompress.train.optimizers import SGD, AdamW
 from onnxcompress.train.schedules import constant
 from onnxcompress.train.step import Step
@@ -140,6 +140,16 @@ def test_only_what_is_named_is_trained_and_masks_hold():
     assert (trained["b1"] == before["b1"]).all()
     assert (trained["w2"] != before["w2"]).all()
     assert (trained["w1"][mask == 0] == 0).all()
+
+
+def test_what_a_loss_does_not_depend_on_is_left_alone():
+    hidden = np.random.default_rng(0).standard_normal((N, H)).astype(np.float32)
+    match = FeatureMatch([("h", "hidden")])
+    trained = weights(fit(data={"x": DATA["x"], "hidden": hidden}, losses=[match]))
+    assert (trained["w2"] == make().graph.initializers["w2"].const_value).all()
+    assert (trained["w1"] != make().graph.initializers["w1"].const_value).all()
+    with pytest.raises(InputError, match="'w2' has no effect on the loss"):
+        fit(data={"x": DATA["x"], "hidden": hidden}, losses=[match], trainable=["w2"])
 
 
 def test_data_comes_from_files_and_lists(tmp_path):

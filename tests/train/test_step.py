@@ -7,6 +7,7 @@ import pytest
 
 from onnxcompress.errors import InputError
 from onnxcompress.session import Session
+from onnxcompress.train import parameters
 from onnxcompress.train.losses import CrossEntropy, MeanSquared
 from onnxcompress.train.optimizers import SGD, AdamW
 from onnxcompress.train.parameters import Layout, aligned, as_aligned, trainable_weights
@@ -259,6 +260,17 @@ def test_weights_lie_on_boundaries_in_chunks_of_one_kind():
     decaying = sum(c.stop - c.start for c in layout.chunks if c.decay)
     assert decaying == 1000 * 100 + 16
     assert layout.chunks[-1].stop == layout.size
+
+
+def test_stretches_on_several_cores_give_the_bits_of_one(model, monkeypatch):
+    found = []
+    for size in (1 << 16, 16):
+        monkeypatch.setattr(parameters, "_CHUNK", size)
+        trained = step(model, AdamW(0.01), clip_norm=1e6)
+        for _ in range(3):
+            trained.run(FEED)
+        found.append(trained.weights())
+    close(found[0], found[1], 0)
 
 
 def test_an_array_that_fits_is_not_copied():
