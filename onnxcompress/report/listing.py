@@ -93,8 +93,12 @@ def _share(nodes: Sequence[Outlook], total: int) -> str:
     return percent(macs / total) if macs else ""
 
 
-def show_observations(name: str, found: Observations, console: Console) -> None:
-    """Print how much was observed, and what could not be."""
+def show_observations(
+    name: str, found: Observations, notes: Sequence[str], console: Console
+) -> None:
+    """Print what was done to the data, how much was observed, and what could not be."""
+    for note in notes:
+        console.print(Text(clean(note)))
     console.print(Text(f"{clean(name)}: statistics of {len(found.kept)} values"))
     for want, reason in found.reasons.items():
         console.print(Text(f"not observed: {clean(want.value)}, {clean(reason)}"))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import scipy.signal
+from click.testing import CliRunner
 
+from onnxcompress.api import load_statistics
+from onnxcompress.cli import main
 from onnxcompress.contract import Array
 from onnxcompress.data import Data, Feed, Port, open_data
 from onnxcompress.errors import InputError
@@ -212,6 +217,42 @@ def test_feeds_are_smoothed_as_they_are_read() -> None:
     found = np.concatenate([feed["x"] for feed in cleaned])
     np.testing.assert_array_equal(found, MedianFilter(width=3)({"x": x})["x"])
     assert found.dtype == np.float32
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path) -> Path:
+    """Calibration data of which one sample is not finite and one far out."""
+    with np.load(MODELS / "segment_tabular" / "calibration.npz") as arrays:
+        features = arrays["features"]
+    features[5, 2], features[9, 3] = np.nan, 1e7
+    np.savez(tmp_path / "spoiled.npz", features=features)
+    return tmp_path / "spoiled.npz"
+
+
+def command(*arguments: str | Path) -> dict[str, object]:
+    result = CliRunner().invoke(main, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_verbs_clean_what_they_observe_and_tell(spoiled: Path, tmp_path: Path) -> None:
+    model = MODELS / "segment_tabular" / "model.onnx"
+    refused = CliRunner().invoke(
+        main, ["calibrate", str(model), "--data", str(spoiled), "-o", str(tmp_path / "s.npz")]
+    )
+    assert refused.exit_code == 2
+    out = tmp_path / "out.onnx"
+    for told in (
+        command("calibrate", model, "--data", spoiled, "-o", tmp_path / "s.npz", "--clean"),
+        command("quantize", model, "--calibrate", spoiled, "-o", out, "--clean"),
+        command("compress", model, "--calibrate", spoiled, "-o", out, "--clean", "--scheme",
+                "static", "--effort", "fast"),
+    ):  # fmt: skip
+        notes = " ".join(str(note) for note in cast("list[object]", told["notes"]))
+        assert "samples dropped (not finite): 5" in notes
+        assert "samples dropped (outlier): 9" in notes
+    left = load_statistics(tmp_path / "s.npz")
+    assert left.histogram("/Div_output_0").maximum < 10
 
 
 def test_the_median_takes_spikes_away_and_keeps_edges() -> None:
