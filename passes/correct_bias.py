@@ -20,7 +20,7 @@ from onnxcompress.numerics.second_order import mean_square
 from onnxcompress.operators import operator
 
 Floats = npt.NDArray[np.float64]
-_POWER_ROWS: Final = 256
+_POWER_ROWS: Final = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class CorrectBias(CalibratedPass):
     """Rows of a layer's input to keep in all."""
     rows_each: int = 32
     """Rows to take of one feed at most."""
-    feeds: int = 32
+    feeds: int = 16
     """Feeds to run at most, spread over the data; means need fewer than ranges."""
     clipping: bool = True
     """Also correct for what rounding the data takes: observing it costs a run in float."""

@@ -19,7 +19,7 @@ from onnxcompress.graph.quantized_kernels import QuantizedKernel, quantized_kern
 from onnxcompress.numerics.second_order import mean_square, round_rows
 from onnxcompress.numerics.side_by_side import side_by_side
 
-_POWER_ROWS: Final = 256
+_POWER_ROWS: Final = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class RoundSecondOrder(CalibratedPass):
 
     target: str = "cpu"
     """Runtime whose kernels are aimed at."""
-    rows: int = 2048
+    rows: int = 1024
     """Rows of a layer's input to keep in all; narrow layers keep fewer."""
     rows_each: int = 32
     """Rows to take of one feed at most."""
