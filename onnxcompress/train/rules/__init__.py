@@ -12,7 +12,10 @@ from onnxcompress.train.rules import (
     movement,
     normalization,
     pooling,
+    quantization,
     reduction,
+    resizing,
+    summation,
 )
 from onnxcompress.train.tape import Rule
 
@@ -25,5 +28,8 @@ RULES: Final[dict[str, Rule]] = (
     | normalization.RULES
     | reduction.RULES
     | movement.RULES
+    | resizing.RULES
+    | summation.RULES
+    | quantization.RULES
 )
 """By operator of the default ONNX domain; what is absent has no gradient here."""
