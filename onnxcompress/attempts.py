@@ -213,7 +213,8 @@ class Job:
             better = Gate("sqnr", ">=", best.sqnr + GAIN)
             most = affordable(best.latency)
             self._return_layers(best, (*self.gates, better), most=most, runs=_SCREEN)
-            if self.mixed and most == 1:  # integers gain nearly nothing but space
+            if most == 1 and self.mixed and self.best() is best:
+                # Integers gain nearly nothing but space, and some of them were no better.
                 self._measure(
                     f"{best.scheme}, all layers in float", all_in_float(best, self.target)
                 )
