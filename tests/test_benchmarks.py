@@ -14,7 +14,7 @@ from onnxcompress import api, schemes
 from onnxcompress.model_io import load
 from onnxcompress.observe import Observations
 from onnxcompress.pipeline import run
-from tests.benchmarks import ablation, job, ladder, resnet50
+from tests.benchmarks import ablation, job, ladder, resnet50, tools
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.cases import Setting, all_cases
 from tests.benchmarks.methods import COMPENSATION, DEFAULT, Pipelines, placing, without
@@ -94,6 +94,26 @@ def test_pipelines_observe_what_comes_before_pairs_once(
         alone = run(load(case.model), passes, observer=pipelines.watch).model
         assert ir.to_proto(alone) == ir.to_proto(model)
     assert ir.to_proto(made[0]) != ir.to_proto(made[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "installed", "found"),
+    [
+        ("photo_digits", True, ["NNCF"]),
+        ("name_language", True, ["NNCF", "NNCF transformer"]),
+        ("name_language", False, []),
+    ],
+)
+def test_nncf_is_compared_where_it_is_installed(
+    name: str, installed: bool, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools, "HAS_NNCF", installed)
+    case = next(all_cases(Setting(folder=tmp_path, only=(name,), quick=True, samples=1)))
+    names = [tool.name for tool in tools.tools_for(case)]
+    assert [n for n in names if n.startswith("NNCF")] == found
+    assert [n for n in names if not n.startswith("NNCF")] == [
+        tool.name for tool in tools.TOOLS if tool.verb != "nncf"
+    ]
 
 
 def test_a_job_tells_its_own_peak_and_not_its_parents() -> None:
