@@ -96,7 +96,7 @@ def find_head(model: ir.Model, at: str | None = None, output: str | None = None)
         if (data := _bias_of(node)) is not None and bias is None:
             bias, found = node, data
             continue
-        if node.inputs[0] is None or not is_op(node, *_TAIL):
+        if not is_op(node, *_TAIL) or node.inputs[0] is None:
             raise InputError(
                 f"the head cannot be replaced: {node.op_type} {node.name!r} stands between it and "
                 f"the output {value.name!r}; cut the model there, or "

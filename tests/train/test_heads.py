@@ -200,6 +200,7 @@ def test_the_model_s_first_layer_may_be_its_head() -> None:
     [
         ("h = MatMul(x, w)\n y = Exp(h)", "Exp '' stands between"),
         ("y = Relu(x)", "nothing before the output 'y' is linear"),
+        ("y = Constant<value = float[1] {1.0}>()", "Constant '' stands between"),
         ("y = MatMul(x, x)", "two values computed at run time"),
         ("h = MatMul(x, w)\n y = GlobalAveragePool(h)", "averages its classes"),
         ("h = MatMul(w, x)\n y = Relu(h)", "no matrix on the right-hand side"),
