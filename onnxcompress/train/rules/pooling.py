@@ -44,7 +44,10 @@ def average_pool(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
     sizes, results = sizes_of(x, first=2), sizes_of(node.outputs[0], first=2)
     stated = window(node, tuple(node.attributes.get_ints("kernel_shape", ())))
     includes = bool(node.attributes.get_int("count_include_pad", 0))
-    shares = (1 / _counts(stated, sizes, results, includes)).astype(dtype_of(x).numpy())
+    counts = _counts(stated, sizes, results, includes)
+    if not counts.all():
+        raise Unsupported("its last window lies outside, of which runtimes differ")
+    shares = (1 / counts).astype(dtype_of(x).numpy())
     win = _covering(stated, sizes, results)
     each = tape.op("Mul", [dy, tape.constant(shares)])
     planes = tape.op("Reshape", [each, tape.ints(-1, 1, *results)])
