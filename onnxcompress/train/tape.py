@@ -64,6 +64,12 @@ class Tape:
         self.graph.append(node)
         return node.outputs
 
+    def within(self, body: ir.Graph) -> Tape:
+        """A tape for the body of a node, whose names are fresh in this graph too."""
+        inner = Tape(body)
+        inner._fresh = self._fresh
+        return inner
+
     def name(self, base: str) -> str:
         """`base`, or with a number behind it where something is called that already."""
         return self._fresh(base)

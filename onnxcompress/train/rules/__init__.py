@@ -13,6 +13,7 @@ from onnxcompress.train.rules import (
     normalization,
     pooling,
     quantization,
+    recurrent,
     reduction,
     resizing,
     summation,
@@ -31,5 +32,6 @@ RULES: Final[dict[str, Rule]] = (
     | resizing.RULES
     | summation.RULES
     | quantization.RULES
+    | recurrent.RULES
 )
 """By operator of the default ONNX domain; what is absent has no gradient here."""
