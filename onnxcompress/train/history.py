@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,6 +51,8 @@ class History:
 
     def _score(self, epoch: Epoch) -> float:
         figure = epoch.validation[self.monitor]
+        if math.isnan(figure):
+            return -math.inf
         return figure if self.monitor == "accuracy" else -figure
 
     @classmethod

@@ -62,7 +62,7 @@ def train(
     evaluate: Any = None,
     monitor: str = "loss",
     patience: int | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     augment: Sequence[Augmentation] = (),
     trainable: Sequence[str] = ("*",),
@@ -219,7 +219,7 @@ class _Run:
                 self._save(file, epoch, batch, tally, history)
                 saved = time.monotonic()
         if self.best is not None:
-            self.step.restore(self.step.state() | {"weight": self.best})
+            self.step.restore(self.step.state(copy=False) | {"weight": self.best})
         return Trained(self.step.result(), history)
 
     def _train(self, order: Array, epoch: int, batch: int) -> Tally:
@@ -239,7 +239,7 @@ class _Run:
             Epoch(number=epoch + 1, rate=rate, training=tally.figures, validation=validation)
         )
         if history.best == epoch + 1:
-            self.best = self.step.state()["weight"]
+            self.best = self.step.state(copy=False)["weight"].copy()
         if self.patience is not None and history.waited >= self.patience:
             history = replace(history, stopped=True)
         return history
@@ -265,7 +265,7 @@ class _Run:
             batch=batch,
             tally=asdict(tally),
             history=history,
-            state=self.step.state(),
+            state=self.step.state(copy=False),
             best=self.best,
         )
         checkpoints.save(found, file.path)

@@ -31,6 +31,9 @@ from onnxcompress.train.parameters import Layout, aligned, as_aligned
 
 Feed = Mapping[str, Array]
 
+_REMEDY: Final = (
+    "lower the learning rate, clip gradients (clip_norm=1) or look for outliers in the data"
+)
 _MANY: Final = 4
 """Stretches of weights from which it is worth waking other threads."""
 
@@ -149,8 +152,8 @@ class Step:
             The batch's figures, by the weights before the update.
 
         Raises:
-            InputError: if the loss is NaN or infinite, the weights then being as they were, or
-                the feed does not suit the model.
+            InputError: if the loss (or, where it is clipped, the gradient) is NaN or infinite, the
+                weights then being as they were, or the feed does not suit the model.
         """
         parts = _parts(self._checked(feed), self._accumulate)
         samples = sum(size for size, _ in parts)
@@ -159,18 +162,12 @@ class Step:
             self._total.fill(0)
         for size, part in parts:
             tally += self._measure(self._backward, size, part)
-            if not math.isfinite(tally.sums[LOSS]):
-                raise InputError(
-                    f"training stopped in step {self.steps + 1}: the loss is {tally.loss}; lower "
-                    "the learning rate, clip gradients (clip_norm=1) or look for outliers in the "
-                    "data"
-                )
+            _check_finite(tally.sums[LOSS], "loss", self.steps + 1)
             if self._accumulate > 1:
                 self._flat["gradient"] *= np.float32(size / samples)
                 self._total += self._flat["gradient"]
         for view, zeros in self._zeros.values():
             view[zeros] = 0
-        self.steps += 1
         self._update(self._optimizer.lr if lr is None else lr)
         return tally
 
@@ -183,19 +180,37 @@ class Step:
         """The weights by name, where they lie: the next step changes them."""
         return dict(self._weights)
 
-    def state(self) -> dict[str, Array]:
-        """Copies of all that `restore` needs to go on from here, to the bit."""
-        kept = ("weight", *self._optimizer.states)
-        return {name: self._flat[name].copy() for name in kept} | {"steps": np.array(self.steps)}
+    def state(self, *, copy: bool = True) -> dict[str, Array]:
+        """All that `restore` needs to go on from here, to the bit.
+
+        Without `copy` the arrays are those that the next step changes.
+        """
+        kept = {name: self._flat[name] for name in ("weight", *self._optimizer.states)}
+        copies = {name: array.copy() for name, array in kept.items()} if copy else kept
+        return copies | {"steps": np.array(self.steps)}
 
     def restore(self, state: Mapping[str, Array]) -> None:
-        """Go back to what `state` gave, of a step of the same model and settings."""
-        for name in ("weight", *self._optimizer.states):
+        """Go back to what `state` gave, of a step of the same model and settings.
+
+        Raises:
+            InputError: if it is the state of something else.
+        """
+        names = ("weight", *self._optimizer.states)
+        if any(n not in state or state[n].shape != (self._layout.size,) for n in names):
+            raise InputError("this is not a state of a training step of this model and optimizer")
+        for name in names:
             self._flat[name][...] = state[name]
         self.steps = int(state["steps"])
 
     def result(self) -> ir.Model:
-        """The model with its weights as they are now, its interface as it came."""
+        """The model with its weights as they are now, its interface as it came.
+
+        Raises:
+            InputError: if the last step made a weight NaN or infinite.
+        """
+        for name, array in self._weights.items():
+            if not np.isfinite(array).all():
+                raise InputError(f"training made {name!r} NaN or infinite; {_REMEDY}")
         copy = self._model.clone()
         for name, array in self._weights.items():
             copy.graph.initializers[name].const_value = ir.Tensor(array.copy(), name=name)
@@ -215,6 +230,7 @@ class Step:
 
     def _update(self, lr: float) -> None:
         clip = {} if self._clip_norm is None else {"clip": self._clip()}
+        self.steps += 1
         for decay, (scalars, bindings) in self._updates.items():
             found = self._optimizer.coefficients(lr, self.steps, decay) | clip
             for name, array in scalars.items():
@@ -225,6 +241,7 @@ class Step:
         assert self._clip_norm is not None
         self._run_each([binding for _, binding in self._squares])
         total = math.fsum(float(found) for found, _ in self._squares)
+        _check_finite(total, "gradient's norm", self.steps + 1)
         return min(1.0, self._clip_norm / max(math.sqrt(total), 1e-12))
 
     def _run_each(self, bindings: Sequence[Binding]) -> None:
@@ -312,6 +329,11 @@ class Step:
             part, total = self._total[chunk.start : chunk.stop], aligned([])
             found.append((total, session.bind({"gradient": part}, {"squares": total})))
         return found
+
+
+def _check_finite(figure: float, name: str, step: int) -> None:
+    if not math.isfinite(figure):
+        raise InputError(f"training stopped in step {step}: the {name} is {figure}; {_REMEDY}")
 
 
 def _arrays(model: ir.Model, names: Sequence[str]) -> dict[str, Array]:

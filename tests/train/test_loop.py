@@ -15,7 +15,7 @@ import pytest
 from onnxcompress.errors import InputError
 from onnxcompress.session import Session
 from onnxcompress.train.augment import Mixup, Noise
-from onnxcompress.train.history import History
+from onnxcompress.train.history import Epoch, History
 from onnxcompress.train.loop import train
 from onnxcompress.train.losses import CrossEntropy, FeatureMatch, KullbackLeibler, MeanSquared
 from onnxcompress.train.optimizers import SGD, AdamW
@@ -130,6 +130,14 @@ def test_training_stops_when_nothing_improves_and_the_best_weights_are_kept():
     by_accuracy = fit(epochs=8, evaluate=HELD, monitor="accuracy").history
     scores = [epoch.validation["accuracy"] for epoch in by_accuracy.epochs]
     assert by_accuracy.best == 1 + int(np.argmax(scores))
+
+
+def test_an_epoch_without_a_figure_is_never_better():
+    history = History()
+    for number, loss in enumerate([np.nan, 2.0, np.nan, 1.0, 3.0], 1):
+        epoch = Epoch(number=number, rate=1.0, training={}, validation={"loss": loss})
+        history = history.with_epoch(epoch)
+    assert (history.best, history.waited) == (4, 1)
 
 
 def test_only_what_is_named_is_trained_and_masks_hold():

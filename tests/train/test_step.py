@@ -8,7 +8,7 @@ import pytest
 from onnxcompress.errors import InputError
 from onnxcompress.session import Session
 from onnxcompress.train import parameters
-from onnxcompress.train.losses import CrossEntropy, MeanSquared
+from onnxcompress.train.losses import Cosine, CrossEntropy, MeanSquared
 from onnxcompress.train.optimizers import SGD, AdamW
 from onnxcompress.train.parameters import Layout, aligned, as_aligned, trainable_weights
 from onnxcompress.train.step import Step
@@ -201,6 +201,27 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(model):
     with pytest.raises(InputError, match=r"step 1: the loss is nan; lower the learning rate"):
         trained.run({**FEED, "x": np.full_like(X, np.nan)})
     close(trained.state(), before, 0)
+
+
+def test_a_gradient_that_is_not_finite_stops_too(model):
+    model.graph.initializers["b2"].const_value = ir.tensor(np.full(C, 3e38, np.float32), name="b2")
+    clipped, free = (step(model, losses=[Cosine("y", "t")], clip_norm=c) for c in (1.0, None))
+    feed = {"x": X, "t": np.ones((32, C), np.float32)}
+    before = clipped.state()
+    with pytest.raises(InputError, match=r"step 1: the (loss|gradient's norm) is (nan|inf)"):
+        clipped.run(feed)
+    close(clipped.state(), before, 0)
+    free.weights()["w1"][0, 0] = np.inf
+    with pytest.raises(InputError, match="training made 'w1' NaN or infinite; lower"):
+        free.result()
+
+
+def test_a_state_of_something_else_is_refused(model):
+    state = step(model, SGD(0.1)).state()
+    with pytest.raises(InputError, match="not a state of"):
+        step(model, AdamW(0.1)).restore(state)
+    with pytest.raises(InputError, match="not a state of"):
+        step(model, SGD(0.1), trainable=["w1"]).restore(state)
 
 
 def test_data_of_another_type_is_converted(model):
