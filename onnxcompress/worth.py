@@ -62,7 +62,14 @@ def _cheapest(variants: Sequence[Variant]) -> Variant:
 
 
 def _is_worth(variant: Variant, best: Variant) -> bool:
-    return variant.sqnr >= best.sqnr + GAIN and variant.cost <= best.cost * (1 + PRICE)
+    return variant.sqnr >= best.sqnr + GAIN and _price(variant, best) <= PRICE
+
+
+def _price(variant: Variant, best: Variant) -> float:
+    """What `variant` costs more, at the least that their timing allows to say."""
+    a, b = (v.report.measured.latency for v in (variant, best))
+    latency = a.low / b.high if a and b else 1.0
+    return latency * variant.size / best.size - 1
 
 
 def _differs(output: OutputFigures) -> bool:

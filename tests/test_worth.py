@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def test_ten_decibels_are_worth_three_tenths(cost: float, sqnr: float, chosen: s
     passing = [variant("int8", 1.0, 20.0), variant("better", cost, sqnr)]
     assert choose(passing, faithful=True).scheme == chosen
     assert choose(passing, faithful=False).scheme == "int8"
+
+
+def test_what_timing_cannot_tell_counts_for_fidelity() -> None:
+    slow = variant("better", 1.35, 60.0)
+    timed = slow.report.measured.latency
+    assert timed
+    unsure = Measured(latency=replace(timed, low=1.2))
+    slow = replace(slow, report=replace(slow.report, measured=unsure))
+    assert choose([variant("int8", 1.0, 20.0), slow], faithful=True) is slow
 
 
 def test_of_several_that_are_worth_it_the_cheapest_is_taken() -> None:
