@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from onnxcompress.comparison import validate
     from onnxcompress.contract import CalibratedPass, Pass, Result, Skip, Want
     from onnxcompress.data import Images, open_data
+    from onnxcompress.distillation import distill
     from onnxcompress.errors import GateError, InputError, IntegrityError, OnnxCompressError
     from onnxcompress.gates import Gate
     from onnxcompress.inspection import inspect
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from onnxcompress.pipeline import run
     from onnxcompress.recipe import Recipe
     from onnxcompress.report import Report
+    from onnxcompress.train.model import Model
 
     __version__: str
 
@@ -29,6 +31,7 @@ _MODULES = {
     "comparison": ("validate",),
     "contract": ("CalibratedPass", "Pass", "Result", "Skip", "Want"),
     "data": ("Images", "open_data"),
+    "distillation": ("distill",),
     "errors": ("GateError", "InputError", "IntegrityError", "OnnxCompressError"),
     "gates": ("Gate",),
     "inspection": ("inspect",),
@@ -38,6 +41,7 @@ _MODULES = {
     "pipeline": ("run",),
     "recipe": ("Recipe",),
     "report": ("Report",),
+    "train.model": ("Model",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -48,6 +52,7 @@ __all__ = [
     "Images",
     "InputError",
     "IntegrityError",
+    "Model",
     "OnnxCompressError",
     "Pass",
     "Recipe",
@@ -58,6 +63,7 @@ __all__ = [
     "bench",
     "calibrate",
     "compress",
+    "distill",
     "inspect",
     "load",
     "load_statistics",

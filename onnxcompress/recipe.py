@@ -9,6 +9,8 @@
     name = "insert_qdq"
     activations = "uint8"
 
+A table `[train]` holds the options of `distill`, which trains before it runs the passes.
+
 Strict: an unknown key, pass, option or value is refused with the nearest known one.
 """
 
@@ -26,8 +28,9 @@ from onnxcompress.contract import Pass
 from onnxcompress.errors import InputError, did_you_mean
 from onnxcompress.gates import Gate
 from onnxcompress.registry import Registry, installed
+from onnxcompress.train.settings import Training
 
-_KEYS = ("target", "gates", "passes")
+_KEYS = ("target", "gates", "train", "passes")
 _MAX_BYTES = 1 << 20
 
 
@@ -38,6 +41,8 @@ class Recipe:
     passes: tuple[Pass, ...] = ()
     target: str = "cpu"
     gates: tuple[Gate, ...] = ()
+    training: Training | None = None
+    """How a student is trained first, where there is one."""
 
     @classmethod
     def from_toml(cls, path: str | Path, registry: Registry | None = None) -> Recipe:
@@ -78,6 +83,7 @@ class Recipe:
             _passes(table.get("passes", []), where, registry),
             _target(table.get("target", "cpu"), where),
             _gates(table.get("gates", {}), where),
+            _training(table.get("train"), where),
         )
 
     def to_toml(self) -> str:
@@ -86,6 +92,9 @@ class Recipe:
         if self.gates:
             lines = (f"{g.metric} = {_toml(g.condition)}\n" for g in self.gates)
             parts.append("[gates]\n" + "".join(lines))
+        if self.training is not None:
+            lines = (f"{k} = {_toml(v)}\n" for k, v in options.changed(self.training).items())
+            parts.append("[train]\n" + "".join(lines))
         for pass_ in self.passes:
             table = {"name": pass_.name, **options.changed(pass_)}
             parts.append("[[passes]]\n" + "".join(f"{k} = {_toml(v)}\n" for k, v in table.items()))
@@ -136,6 +145,14 @@ def _gates(table: Any, where: str) -> tuple[Gate, ...]:
         return tuple(Gate.parse(f"{metric} {condition}") for metric, condition in bounds.items())
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def _training(table: Any, where: str) -> Training | None:
+    if table is None:
+        return None
+    if not isinstance(table, dict):
+        raise InputError(f"{where}: write how to train as a table [train] of options")
+    return options.build(Training, cast("Mapping[str, Any]", table), f"{where}: train")
 
 
 def _toml(value: Any) -> str:

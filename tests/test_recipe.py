@@ -13,6 +13,7 @@ from onnxcompress.errors import InputError
 from onnxcompress.gates import METRICS, Gate
 from onnxcompress.recipe import Recipe
 from onnxcompress.registry import Registry
+from onnxcompress.train.settings import Training
 
 
 class Shape(StrEnum):
@@ -233,3 +234,28 @@ def test_a_gate_is_met_within_its_bound_and_never_by_nan():
 def test_what_is_no_gate(text: str):
     with pytest.raises(InputError, match=f"^gate '{text}': "):
         Gate.parse(text)
+
+
+def test_how_to_train_is_a_table_that_reads_back():
+    text = (
+        '[train]\nepochs = 5\nlr = 0.01\nfeatures = ["h"]\n\n[[passes]]\nname = "fold_batchnorm"\n'
+    )
+    recipe = Recipe.from_text(text)
+    assert recipe.training == Training(epochs=5, lr=0.01, features=("h",))
+    assert Recipe.from_text(recipe.to_toml()) == recipe
+    assert Recipe.from_text("").training is None
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("epoch = 5", "did you mean 'epochs'"),
+        ("epochs = 0", "1 or more"),
+        ('optimizer = "adam"', "did you mean 'adamw'"),
+        ("lr = -1.0", "above 0"),
+        ("temperature = 0.0", "above 0"),
+    ],
+)
+def test_what_is_wrong_with_a_training_table_is_said(line, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Recipe.from_text(f"[train]\n{line}\n")

@@ -21,6 +21,12 @@ DATA is one of
                         test_data_set_* folders
   module:callable       or file.py:callable, which returns an iterable of feeds
 """
+STUDENT = """\b
+STUDENT is a model, or how to make one of the teacher, joined by +:
+  drop:2       without the 2 layers or blocks that change its outputs least
+  narrow:0.5   with half of the channels between layers
+  fresh        with weights drawn anew
+"""
 IMAGES = """\b
 IMAGES is a list such as 'size=[224, 224], mean=[0.485, 0.456, 0.406]' of
   size           [height, width], where the model leaves it open
