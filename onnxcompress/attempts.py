@@ -208,10 +208,11 @@ class Job:
         """Return the few layers that make nearly all of the noise, where that may be worth it."""
         if self.mixed or not self.faithful or not self.passing():
             return
-        best = self.best()
+        best = choose(self.passing(), faithful=False)
         if differs(best.report.validation):
             better = Gate("sqnr", ">=", best.sqnr + GAIN)
-            most = affordable(best.latency)
+            timed = best.report.measured.latency
+            most = affordable(timed.high if timed else 1.0)
             self._return_layers(best, (*self.gates, better), most=most, runs=_SCREEN)
             if most == 1 and self.mixed and self.best() is best:
                 # Integers gain nearly nothing but space, and some of them were no better.
