@@ -92,12 +92,10 @@ def exported(torch: Any, net: Any, x: Any) -> ir.Model:
     file = io.BytesIO()
     options = {"input_names": ["x"], "output_names": ["y"], "opset_version": 18}
     options |= {"dynamic_axes": {"x": {0: "N"}, "y": {0: "N"}}, "dynamo": False}
-    torch.onnx.export(net, (torch.from_numpy(x),), file, training=_TRAINING(torch), **options)
+    torch.onnx.export(
+        net, (torch.from_numpy(x),), file, training=torch.onnx.TrainingMode.PRESERVE, **options
+    )
     return ir.from_proto(load_model_from_string(file.getvalue()))
-
-
-def _TRAINING(torch: Any) -> Any:
-    return torch.onnx.TrainingMode.PRESERVE
 
 
 def _theirs(torch: Any, net: Any, x: Any, labels: Any) -> Callable[[], object]:

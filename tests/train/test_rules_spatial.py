@@ -107,3 +107,8 @@ def test_resize(mode: str, coordinates: str) -> None:
     check("Resize", {"x": x, **absent, **scales}, attributes, fixed=("s",), **_LINEAR)
     sizes = {"scales": None, "s": np.array([2, 3, 6, 3])}
     check("Resize", {"x": x, **absent, **sizes}, attributes, fixed=("s",), **_LINEAR)
+
+
+def test_a_point_with_few_positions_and_many_channels() -> None:
+    inputs = {"x": normal(3, 8, 2, 2), "w": normal(16, 8, 1, 1)}
+    check("Conv", inputs, wrt=("x", "w"), **_LINEAR)

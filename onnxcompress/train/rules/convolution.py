@@ -213,13 +213,13 @@ def of_kernel(tape: Tape, site: Site) -> ir.Value:
     taps = math.prod(kernel)
     if site.group > 1 and c == 1 and m == site.group:
         stacked, order, perm = _by_channel(tape, site), [taps, m], [1, 0]
+    elif site.group == 1 and site.positions * (m + c) <= 2 * m * c:
+        stacked, order, perm = _by_rows(tape, site, m, c), [taps, c, m], [2, 1, 0]
     elif site.group > 1 or site.window.is_point:
         stacked, order, perm = _by_group(tape, site, m, c), [m, taps, c], [0, 2, 1]
-    elif site.positions < 2 * m:
-        stacked, order, perm = _by_rows(tape, site, m, c), [taps, c, m], [2, 1, 0]
     else:
         stacked, order, perm = _by_sample(tape, site, m, c), [m, taps, c], [0, 2, 1]
-    if not site.window.is_point:
+    if taps > 1 or perm[0] > 0:
         stacked = tape.op("Reshape", [stacked, tape.ints(*order)])
         stacked = tape.op("Transpose", [stacked], {"perm": perm})
     return tape.op("Reshape", [stacked, tape.ints(m, c, *kernel)])
