@@ -149,3 +149,11 @@ def test_pictures_are_the_same_for_the_same_seed() -> None:
     first, second = resnet50.images(2, seed=1), resnet50.images(2, seed=1)
     assert first.shape == (2, 3, 224, 224) and first.dtype == np.float32
     assert np.array_equal(first, second)
+
+
+def test_pruned_models_are_taught_what_they_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--quick", "--only", "distillation", "segment_tabular"])
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith("| segment_tabular | 0.95")).split(" | ")
+    whole, pruned, taught = (float(cell.split()[0]) for cell in row[3:6])
+    assert pruned < taught < whole
