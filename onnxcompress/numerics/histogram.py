@@ -22,7 +22,7 @@ Counts = npt.NDArray[np.int64]
 _NEGATIVE_ZERO = 0x8000
 _INFINITY = 0x7F800000
 _NEGATIVE = 0x80000000
-_ENOUGH, _MOST, _LEAST = 1 << 20, 1 << 15, 1 << 11
+_ENOUGH, _MOST, _LEAST = 1 << 19, 1 << 15, 1 << 11
 _RUN = 16
 _STAGE = 1 << 16
 
@@ -214,11 +214,11 @@ def bucket_index(flat: npt.NDArray[np.float32]) -> Buckets:
 
 
 def sample_size(arrays: int | None) -> int:
-    """How many elements of each of so many arrays to count, for a million in all.
+    """How many elements of each of so many arrays to count, for half a million in all.
 
-    Of as many independent elements no quantile is off by more than 0.2 % (the inequality of
-    Dvoretzky, Kiefer and Wolfowitz at 99 %), and the exact extremes stand beside them. Neighbours
-    are not independent: a quarter as many cost TinyDarknet 0.2 to 0.4 dB.
+    What tails hold decides where to clip, and few elements are in tails: by half as many, the
+    thresholds that least squares finds for TinyDarknet's values leave 0.37 dB more error than by
+    counting everything, by so many 0.17, by four times as many 0.04, at 0.02 ms a value and array.
     """
     return _MOST if not arrays else min(max(_ENOUGH // arrays, _LEAST), _MOST)
 
