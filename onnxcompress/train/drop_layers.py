@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, pairwise, zip_longest
 
 import numpy as np
 import onnx_ir as ir
@@ -101,7 +101,7 @@ def blocks(graph: ir.Graph) -> list[Block]:
             (a, b) for a, b in pairwise(stations) if any(map(_is_weighted, order.between(a, b)))
         ]
         starts = [a for a, _ in heavy[1:]]
-        for (entry, near), far in zip(heavy, [*starts, None], strict=True):
+        for (entry, near), far in zip_longest(heavy, starts):
             ends = [end for end in (far, near) if end and _may_be_alike(entry, end, names)]
             block = next((b for end in ends if (b := order.block(entry, end))), None)
             if block is not None:

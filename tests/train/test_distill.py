@@ -124,7 +124,7 @@ def test_a_batch_that_was_changed_is_asked_about(tmp_path):
     teacher, student = network(), network(24, seed=1)
     options = {"augment": [Noise(std=0.5)], "epochs": 30, "cache": tmp_path}
     free = taught(teacher, student, {"x": X[:64]}, **options)
-    fixed = taught(network(batch=1), student, {"x": X[:64]}, **options)
+    fixed = taught(network(batch="1"), student, {"x": X[:64]}, **options)
     assert agreement(teacher, free.model) > agreement(teacher, fixed.model)
 
 
