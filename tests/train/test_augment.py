@@ -116,7 +116,7 @@ def test_a_crop_is_linear_between_what_it_cuts() -> None:
     found = Crop(0.5)({"x": ramp}, rng())["x"][:, :, 0]
     steps = np.diff(found, axis=1)
     np.testing.assert_allclose(steps, steps[:, :1] * np.ones(8), atol=1e-6)  # still a ramp
-    assert 0.0625 - 1e-6 <= steps.min()
+    assert steps.min() >= 0.0625 - 1e-6
     assert steps.max() <= 0.125 + 1e-6
     assert found.min() >= 0
     assert found.max() <= 1
