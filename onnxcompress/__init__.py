@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnxcompress.pipeline import run
     from onnxcompress.recipe import Recipe
     from onnxcompress.report import Report
+    from onnxcompress.train.model import Model
 
     __version__: str
 
@@ -40,6 +41,7 @@ _MODULES = {
     "pipeline": ("run",),
     "recipe": ("Recipe",),
     "report": ("Report",),
+    "train.model": ("Model",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -50,6 +52,7 @@ __all__ = [
     "Images",
     "InputError",
     "IntegrityError",
+    "Model",
     "OnnxCompressError",
     "Pass",
     "Recipe",

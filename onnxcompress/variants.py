@@ -186,13 +186,15 @@ def set_beside(
     stage: Stage,
     source: Measurement | None = None,
     target: Target | None = None,
+    timed: bool = True,
 ) -> Report:
     """Quality, size, latency and memory; `source` is the original by itself, if measured before.
 
     For a `target` that this machine is not, time and memory would say nothing, so they are left
-    out, and the candidate runs as it is written.
+    out, and the candidate runs as it is written. With `timed` off they are left out too.
     """
     here = target is None or target.measurable
+    timed = timed and here
     begin = time.perf_counter()
     feeds = _watched(evaluation, len(evaluation), stage("comparing"))
     labels = evaluation.labels if isinstance(evaluation, Data) else None
@@ -200,7 +202,7 @@ def set_beside(
     middle = time.perf_counter()
     feed = next(iter(evaluation))
     latency = result = None
-    if here:
+    if timed:
         stage("timing")(0, None)
         latency = paired_latency(
             original, candidate, feed, threads=threads, seconds=_LATENCY_SECONDS
@@ -209,7 +211,7 @@ def set_beside(
     seconds = {"validate": middle - begin, "latency": end - middle}
     audited, warnings = _audited(candidate, feed, target)
     seconds["audit"] = time.perf_counter() - end
-    if here:
+    if timed:
         source = source or _alone(original, feed, threads)
         result = _alone(candidate, feed, threads)
     return Report(

@@ -26,6 +26,7 @@ from onnxcompress.graph.linear import is_op
 from onnxcompress.graph.names import values_of
 from onnxcompress.observe import Progress as Asking
 from onnxcompress.operators import int_attribute
+from onnxcompress.passes.deduplicate_initializers import DeduplicateInitializers
 from onnxcompress.passes.forget_shapes import ForgetShapes
 from onnxcompress.pipeline import run
 from onnxcompress.session import Session
@@ -48,6 +49,7 @@ from onnxcompress.train.teacher import Precision, Taught, teacher_outputs
 TEACHER: Final = "teacher."
 """What names of arrays that hold a teacher's values begin with."""
 _LABELS: Final = "labels"
+_TARGET: Final = "target"
 _NONE: Final = -1
 
 
@@ -99,7 +101,8 @@ def distill(
     By default each output of the student is held against the teacher's of that name (or the only
     one against the only one): scores of classes by `KullbackLeibler` with a temperature, before
     the Softmax if the models end in one, other figures by `MeanSquared` (before a Sigmoid); the
-    first scores also against `labels`, where there are any, and inner values against `features`.
+    first scores also against `labels`, or the first output against `target`, where there are any,
+    and inner values against `features`.
     The exact rewrites are applied to the student first, so that batchnorm is part of its weights.
 
     Args:
@@ -109,7 +112,7 @@ def distill(
         losses: in place of the default ones; what they call `teacher.NAME` is the value NAME of
             the teacher's main graph.
         temperature: of the default `KullbackLeibler`.
-        label_weight: of the default `CrossEntropy`; 0 learns from the teacher alone.
+        label_weight: of what holds it against labels or targets; 0 learns from the teacher alone.
         features: inner values of the student by those of the teacher that they should be like, or
             names that both have; of equal shapes.
         schedule: a short warm-up and half a cosine by default.
@@ -126,12 +129,12 @@ def distill(
     Caruana, Do deep nets really need to be deep? (2014), for scores that are no classes; Romero et
     al., FitNets (2015), for inner values.
     """
-    model = run(student, schemes.exact()).model
+    model = to_train(student)
     told = run(teacher, ()).model
     infer(told)
     pool = _pooled(data, unlabelled, told, model, images)
     chosen = tuple(losses) if losses is not None else _losses(
-        told, model, pool.get(_LABELS), temperature, label_weight, features
+        told, model, pool, temperature, label_weight, features
     )  # fmt: skip
     targets = _targets(model, chosen)
     options: dict[str, Any] = {"cache": cache, "precision": precision, "executor": executor}
@@ -184,11 +187,11 @@ def _pooled(
         name: np.concatenate([first[name], more[name]]) if np.ndim(first[name]) else first[name]
         for name in dict.fromkeys(names)
     }
+    if _TARGET in first or np.asarray(first.get(_LABELS, 0)).dtype.kind == "f":
+        raise InputError("labels that are no classes go with samples that all have them: "
+                         "leave unlabelled out, or the labels")  # fmt: skip
     if _LABELS in first:
         labels = np.asarray(first[_LABELS])
-        if labels.dtype.kind == "f":
-            raise InputError("labels that are no classes go with samples that all have them: "
-                             "leave unlabelled out, or the labels")  # fmt: skip
         count = open_samples(more, interface(teacher), ()).size
         rest = np.full((count, *labels.shape[1:]), _NONE, labels.dtype)
         pool[_LABELS] = np.concatenate([labels, rest])
@@ -228,7 +231,7 @@ def _columns(
 def _losses(
     teacher: ir.Model,
     student: ir.Model,
-    labels: Any,
+    pool: Mapping[str, Any],
     temperature: float,
     label_weight: float,
     features: Mapping[str, str] | Sequence[str],
@@ -237,17 +240,22 @@ def _losses(
     infer(student)
     found = list[Loss]()
     classes: str | None = None
+    values = list[str]()
     for ours, theirs in _pairs(teacher, student):
-        (output, scores), (wanted, _) = _before_softmax(ours), _before_softmax(theirs)
+        (output, scores), (wanted, _) = before_softmax(ours), before_softmax(theirs)
         _compare(output, wanted)
         name, target = output.name or "", f"{TEACHER}{wanted.name}"
-        if scores:
+        if scores and _TARGET not in pool:
             found.append(KullbackLeibler(name, target, temperature))
             classes = classes or name
         else:
             found.append(MeanSquared(name, target))
+        values.append(ours.name or "")
+    labels = pool.get(_LABELS)
     if labels is not None and label_weight and classes and np.asarray(labels).dtype.kind != "f":
         found.append(CrossEntropy(classes, weight=label_weight))
+    elif _TARGET in pool and label_weight:
+        found.append(MeanSquared(values[0], _TARGET, weight=label_weight))
     pairs = features.items() if isinstance(features, Mapping) else [(n, n) for n in features]
     if pairs:
         found.append(FeatureMatch(tuple((ours, f"{TEACHER}{theirs}") for ours, theirs in pairs)))
@@ -277,7 +285,13 @@ def _pairs(teacher: ir.Model, student: ir.Model) -> list[tuple[ir.Value, ir.Valu
     return common
 
 
-def _before_softmax(value: ir.Value) -> tuple[ir.Value, bool]:
+def to_train(student: ir.Model) -> ir.Model:
+    """A copy after the exact rewrites, but that equal weights, such as zero biases, stay apart."""
+    passes = [p for p in schemes.exact() if not isinstance(p, DeduplicateInitializers)]
+    return run(student, passes).model
+
+
+def before_softmax(value: ir.Value) -> tuple[ir.Value, bool]:
     """The scores behind an output, and whether they are of classes that exclude each other."""
     dims = None if value.shape is None else list(value.shape)
     scores = dims is not None and len(dims) > 1 and dims[-1] != 1

@@ -26,6 +26,9 @@ _STATISTICS: Final = {
 }
 """Inputs that are no weights by operator: what was counted, bounds, and grids."""
 
+_LAYERS: Final = {"Gemm": (1, 2), "MatMul": (1,), "Conv": (1, 2), "ConvTranspose": (1, 2)}
+"""Inputs that are weights and biases, of whatever size."""
+
 
 def aligned(shape: Sequence[int], dtype: Any = np.float32) -> Array:
     """Zeros that begin on a boundary of 64 bytes, so that a sum over them has the same bits."""
@@ -49,8 +52,9 @@ def trainable_weights(model: ir.Model, patterns: Iterable[str]) -> list[str]:
     """The float32 initializers of the main graph that `patterns` name, in the graph's order.
 
     A pattern is a name, or has the wildcards of a shell (`*`, `?`, `[...]`), by which only weights
-    are found: tensors of more than one element that are no bounds, no grids of a quantizer and no
-    statistics of a batch normalization. A pattern after `!` takes away what it finds.
+    are found: tensors that are no bounds, no grids of a quantizer and no statistics of a batch
+    normalization, those of one element only where they are weights or biases of a layer. A pattern
+    after `!` takes away what it finds.
 
     Raises:
         InputError: if a pattern finds nothing.
@@ -75,10 +79,20 @@ def trainable_weights(model: ir.Model, patterns: Iterable[str]) -> list[str]:
 
 def _is_weight(value: ir.Value) -> bool:
     tensor = value.const_value
-    if tensor is None or tensor.size < 2:
+    if tensor is None:
         return False
+    if tensor.size < 2:
+        return any(_is_of_layer(use.node, use.idx) for use in value.uses())
     uses = ((use.node.op_type, use.idx) for use in value.uses())
     return not any(index in _STATISTICS.get(op, ()) for op, index in uses)
+
+
+def _is_of_layer(node: ir.Node, index: int) -> bool:
+    """Whether a layer of one output has its weight or bias here: other scalars are settings."""
+    if node.op_type == "Add":
+        given = [None if value is None else value.producer() for value in node.inputs]
+        return any(source is not None and source.op_type == "MatMul" for source in given)
+    return index in _LAYERS.get(node.op_type, ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,12 @@ class Samples:
 
 
 def open_samples(
-    source: Any, ports: Sequence[Port], extras: Sequence[str], *, images: Images | None = None
+    source: Any,
+    ports: Sequence[Port],
+    extras: Sequence[str],
+    *,
+    images: Images | None = None,
+    where: str = "the training data",
 ) -> Samples:
     """Open data for a model's inputs and the arrays that losses read beside them.
 
@@ -83,6 +88,7 @@ def open_samples(
         source: a mapping of arrays or an `.npz`, with the arrays named `extras` among them; or
             anything else that `onnxcompress.data` opens, which is read into memory and can have
             `labels` alone beside the inputs.
+        where: what complaints about a mapping call it.
 
     Raises:
         InputError: if arrays are missing, do not suit the model, or differ in their samples.
@@ -95,7 +101,7 @@ def open_samples(
     if path is not None and path.suffix.lower() == ".npz" and path.is_file():
         arrays, where = stored_npz(path), str(path)
     elif isinstance(source, Mapping):
-        arrays, where = cast("Mapping[str, Any]", source), "the training data"
+        arrays = cast("Mapping[str, Any]", source)
     else:
         arrays, where = _read_all(open_data(source, ports, images=images))
     for missing in (name for name in extras if name not in arrays):

@@ -121,7 +121,7 @@ class _Run:
     def shards(self, names: tuple[str, ...]) -> Iterator[dict[str, Array]]:
         """What it gives of a few samples at a time, in order."""
         size = fixed_batch(interface(self.teacher)) or _SHARD
-        feeds = (_filled(feed, size) for feed in self.samples.stretches(size))
+        feeds = (filled(feed, size) for feed in self.samples.stretches(size))
         counts = (len(range(i, min(i + size, self.samples.size)))
                   for i in range(0, self.samples.size, size))  # fmt: skip
         done = 0
@@ -158,7 +158,7 @@ class _Run:
         return found.hexdigest()
 
 
-def _filled(feed: dict[str, Array], size: int) -> dict[str, Array]:
+def filled(feed: dict[str, Array], size: int) -> dict[str, Array]:
     """A last shard that is not full, with its last sample again: some models take one size."""
     return {
         name: np.concatenate([array, np.repeat(array[-1:], size - len(array), axis=0)])
