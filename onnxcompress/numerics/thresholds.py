@@ -84,7 +84,8 @@ def clip_range(
         chosen = _least_error(x, counts, (low, high), qmax - qmin, symmetric, averaged)
     else:
         chosen = _least_divergence(x, counts, (low, high), qmax - qmin + 1, symmetric)
-    return max(low, chosen[0]), min(high, chosen[1])
+    found = max(low, chosen[0]), min(high, chosen[1])
+    return found if any(found) else (low, high)  # nearly all were zero
 
 
 def expected_error(

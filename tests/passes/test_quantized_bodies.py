@@ -218,4 +218,4 @@ def test_the_whole_scheme_keeps_every_branch(taken: list[bool], thorough: bool) 
     data = [f | {"c": np.array(c)} for f, c in zip(feeds, taken, strict=False)]
     passes = schemes.static("cpu", "thorough" if thorough else "fast")
     outcome = run(model, passes, observer=lambda m, wants: observe(m, data, wants))
-    assert sqnr(model, outcome.model, feeds) > 20
+    assert sqnr(model, outcome.model, feeds) > 15

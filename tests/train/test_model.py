@@ -43,7 +43,7 @@ def line(inputs=3, outputs=1):
 
 def values():
     x = np.random.default_rng(0).standard_normal((200, 3)).astype(np.float32)
-    return x, x @ np.float32([1, -2, 0.5]) + 3
+    return x, x @ np.array([1, -2, 0.5], np.float32) + 3
 
 
 def regressor(**options):
@@ -101,7 +101,8 @@ def test_values_are_learned_and_keep_their_shape(tmp_path):
     x, y = values()
     for loss in (None, MeanSquared("y", "target")):
         model = regressor(loss=loss).train(x, y)
-        assert model.model.graph.initializers["b"].const_value.numpy() > 2
+        bias = model.model.graph.initializers["b"].const_value
+        assert bias is not None and bias.numpy() > 2
         assert model.predict(x).shape == y.shape
         assert model.score(x, y) > 0.95
     again = oc.Model.load(model.save(tmp_path / "m.onnx"))
@@ -130,13 +131,13 @@ def test_equal_biases_at_the_start_part(taught):
 
 
 def test_a_teacher_and_integers_at_the_end():
-    model = oc.Model("narrow:0.5", TEACHER, quantize="static", epochs=2, classes=NAMES)
+    model = oc.Model("narrow:0.5", TEACHER, quantize="static", epochs=2, classes=list(NAMES))
     model.train(X[FIT], evaluate=(X[HELD], NAMES[Y[HELD]]))
     assert model.score(X[HELD], NAMES[Y[HELD]]) > 0.8
-    assert model.report.validation is not None
+    assert model.report is not None and model.report.validation is not None
     assert model.report.training == model.history
     assert any(node.op_type == "QuantizeLinear" for node in model.model.graph)
-    assert list(model.classes_) == list(NAMES)
+    assert model.classes_ is not None and list(model.classes_) == list(NAMES)
 
 
 def test_a_teacher_with_labels_of_some():
@@ -149,7 +150,7 @@ def test_a_recipe_follows_and_its_gates_hold(tmp_path):
     path = tmp_path / "r.toml"
     path.write_text('[[passes]]\nname = "prune_magnitude"\nsparsity = 0.3\n', encoding="utf-8")
     model = oc.Model(TEACHER, recipe=path, epochs=0).train(X[FIT], Y[FIT])
-    assert model.report.passes
+    assert model.report is not None and model.report.passes
     path.write_text("[train]\nepochs = 3\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"\[train\]"):
         oc.Model(TEACHER, recipe=path).train(X[FIT], Y[FIT])
@@ -172,7 +173,7 @@ def test_cleaning_drops_what_is_not_finite():
     spoiled = X[FIT].copy()
     spoiled[5, 3] = np.nan
     model = learner(epochs=1, clean=True).train(spoiled, Y[FIT])
-    assert model.report.notes
+    assert model.report is not None and model.report.notes
 
 
 def test_parameters_are_scikit_learns():
