@@ -72,6 +72,20 @@ def effort(default: str) -> Callable[[Any], Any]:
     )
 
 
+def evaluate(source: str) -> Callable[[Any], Any]:
+    """The option of what to compare on, where some of `source` is held out otherwise."""
+    return click.option(
+        "--evaluate",
+        metavar="DATA",
+        help=f"Inputs to compare on; else the last fifth of --{source}.",
+    )
+
+
+def recipe(text: str) -> Callable[[Any], Any]:
+    """The option of a recipe; `text` says what is read from it."""
+    return click.option("--recipe", type=click.Path(path_type=Path), help=text)
+
+
 def _whole(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
     return None if text is None else int(text)
 
