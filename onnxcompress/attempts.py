@@ -117,30 +117,41 @@ class Job:
         blocks: Mapping[str, int],
     ) -> Iterator[tuple[str, Passes]]:
         """The variants to try, by name, the exact rewrites last."""
-        kernels = {"static": self.runtime.kernels, "dynamic": self.runtime.dynamic}
-        if recipe is None and not kernels.get(scheme, True):
-            raise InputError(f"target {self.target!r} has no kernels for the {scheme} scheme")
         if recipe is not None:
             yield "recipe", recipe.passes
-        elif scheme in ("auto", "static") and kernels["static"]:
+        else:
+            yield from self._quantized(scheme, effort, blocks)
+        yield _EXACT, schemes.exact()
+
+    def _quantized(
+        self, scheme: Scheme, effort: schemes.Effort, blocks: Mapping[str, int]
+    ) -> Iterator[tuple[str, Passes]]:
+        """The variants of one scheme, or of all that this target and the data allow.
+
+        Raises:
+            InputError: if the target or the data do not allow the one that was asked for.
+        """
+        kernels = {"static": self.runtime.kernels, "dynamic": self.runtime.dynamic}
+        if not kernels.get(scheme, True):
+            raise InputError(f"target {self.target!r} has no kernels for the {scheme} scheme")
+        if scheme in ("auto", "static") and kernels["static"]:
             if self.calibration is not None:
                 yield "static", schemes.static(self.target, effort)
             elif scheme == "static":
                 raise InputError("the static scheme needs calibration data: give some")
-        if recipe is None and scheme in ("auto", "dynamic") and kernels["dynamic"]:
+        if scheme in ("auto", "dynamic") and kernels["dynamic"]:
             yield "dynamic", schemes.dynamic(self.target)
-        if recipe is None and scheme == "auto" and (found := self.by_region(effort)):
+        if scheme == "auto" and (found := self.by_region(effort)):
             yield found
-        if recipe is None and scheme == "weights":
+        if scheme == "weights":
             yield "weights", schemes.weights(self.target, **blocks)
-        if recipe is None and scheme in ("float16", "bfloat16"):
+        if scheme in ("float16", "bfloat16"):
             yield scheme, schemes.half(scheme, self.target)
-        if recipe is None and scheme == "float8":
+        if scheme == "float8":
             passes = schemes.float8(self.target)
             if self.calibration is None:
                 raise InputError("the float8 scheme needs calibration data: give some")
             yield scheme, passes
-        yield _EXACT, schemes.exact()
 
     def by_region(self, effort: schemes.Effort) -> tuple[str, Passes] | None:
         """The best scheme so far with 4-bit weights where products wait for memory, if any do."""
@@ -168,10 +179,20 @@ class Job:
         data = self.calibration
         progress = self.stage(f"{name}: rewriting")
         watch = None if data is None else observer(data, self.samples, progress)
-        try:
+        with self._noted(name):
             with self.timed(f"{name}: passes"):
                 outcome = run(self.model, passes, observer=watch)
             self._measure(name, outcome)
+
+    @contextmanager
+    def _noted(self, name: str) -> Generator[None]:
+        """What cannot be made is noted as not kept; without the exact rewrites or data nothing can.
+
+        Raises:
+            InputError: for the exact rewrites, or where the data are at fault.
+        """
+        try:
+            yield
         except InputError as error:
             if name == _EXACT or isinstance(error, DataError):
                 raise
@@ -225,7 +246,7 @@ class Job:
         if self.calibration is None:
             return
         name = f"{variant.scheme}, some layers in float"
-        try:
+        with self._noted(name):
             with self.timed(f"{name}: search"):
                 outcome, self.mixed = return_layers(
                     variant,
@@ -239,10 +260,6 @@ class Job:
                 )
             if outcome is not None:
                 self._measure(name, outcome)
-        except InputError as error:
-            if isinstance(error, DataError):
-                raise
-            self.attempts.append(Attempt(scheme=name, kept=False, because=str(error)))
 
     def _measure(self, name: str, outcome: Outcome) -> None:
         """Save the variant, run it beside the original and hold the gates."""
