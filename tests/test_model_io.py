@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxcompress import model_io
 from onnxcompress.errors import InputError, OnnxCompressError
-from onnxcompress.model_io import atomic
+from onnxcompress.model_io import atomic, wire, writing
 from onnxcompress.model_io.mapped import MappedTensor
 from tests.benchmarks import scale
 
@@ -209,7 +209,7 @@ def test_inner_names_become_unique_and_outer_ones_stay(tmp_path: Path):
 
 @pytest.mark.parametrize("dtype", ["INT4", "UINT4", "FLOAT8E4M3FN", "BFLOAT16", "FLOAT16", "INT64"])
 def test_every_dtype_reads_the_same_from_the_file(dtype: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(model_io, "_STREAMED", 16)
+    monkeypatch.setattr(wire, "STREAMED", 16)
     kind = ir.DataType[dtype]
     tensor = ir.tensor(np.arange(-8, 8).astype(kind.numpy()).reshape(4, 4), dtype=kind, name="w")
     model = make("y = Relu(x)", {})
@@ -411,7 +411,7 @@ def test_sparse_tensors_are_checked_before_they_are_made(dims, indices, tmp_path
 
 @pytest.fixture
 def small_inline_limit(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(model_io, "INLINE_LIMIT", 1000)
+    monkeypatch.setattr(writing, "INLINE_LIMIT", 1000)
 
 
 def double(model: ir.Model) -> ir.Model:
@@ -464,7 +464,7 @@ def test_weights_that_share_a_tensor_are_written_once(inline: Path):
 def test_saving_over_the_source_leaves_the_model_in_memory_usable(
     source: str, limit: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(model_io, "INLINE_LIMIT", limit)
+    monkeypatch.setattr(writing, "INLINE_LIMIT", limit)
     path = request.getfixturevalue(source)
     expected = run(path) * 2
     model = double(model_io.load(path))
@@ -565,7 +565,7 @@ def naming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def test_a_full_disk_at_any_byte_changes_nothing(
     limit: int, inline: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(model_io, "INLINE_LIMIT", limit)
+    monkeypatch.setattr(writing, "INLINE_LIMIT", limit)
     out = inline.parent / "out.onnx"
     model_io.save(model_io.load(inline), out)
     before = {p: p.read_bytes() for p in inline.parent.iterdir()}
@@ -605,7 +605,7 @@ import itertools, os, random, signal, sys, time
 from pathlib import Path
 import numpy as np, onnx_ir as ir
 from onnxcompress import model_io
-from onnxcompress.model_io import atomic
+from onnxcompress.model_io import atomic, writing
 
 folder, source = Path(sys.argv[1]), sys.argv[2]
 weight = model_io.load(source).graph.initializers["w"].const_value.numpy()
@@ -623,7 +623,7 @@ def check(out):
 
 rng = random.Random(0)
 for nameless, limit in itertools.product({False, atomic._NAMELESS}, (1000, 1 << 30)):
-    atomic._NAMELESS, model_io.INLINE_LIMIT = nameless, limit
+    atomic._NAMELESS, writing.INLINE_LIMIT = nameless, limit
     out = folder / f"{nameless}{limit}" / "out.onnx"
     out.parent.mkdir()
     for _ in range(12):

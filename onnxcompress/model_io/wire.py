@@ -19,6 +19,8 @@ Buffer = bytes | mmap.mmap
 MODEL = "onnx.ModelProto"
 TENSOR = "onnx.TensorProto"
 RAW_DATA = 9
+STREAMED = 1 << 16
+"""Bytes from which a weight is not parsed with the graph."""
 
 _MESSAGES: tuple[Any, ...] = (
     onnx.ModelProto,
@@ -137,3 +139,8 @@ def _encode(value: int) -> bytes:
         value >>= 7
     encoded.append(value)
     return bytes(encoded)
+
+
+def holds(text: bytes) -> Wanted:
+    """Wants messages with these bytes in them."""
+    return lambda data, start, end: data.find(text, start, end) >= 0

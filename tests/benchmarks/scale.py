@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnx import TensorProto, helper
 
 from onnxcompress import model_io
+from onnxcompress.model_io import writing
 from tests.benchmarks.graphs import generate
 
 MIB = 1 << 20
@@ -79,7 +80,7 @@ WORK: dict[str, Callable[[ir.Model], ir.Model]] = {
 
 
 def extra_memory(
-    source: Path, target: Path, work: str, inline_limit: int = model_io.INLINE_LIMIT
+    source: Path, target: Path, work: str, inline_limit: int = writing.INLINE_LIMIT
 ) -> tuple[float, float]:
     """(MiB, seconds) of load, work and save in a process of its own, above its imports.
 
@@ -93,7 +94,7 @@ def extra_memory(
 
 
 def _one(source: str, target: str, work: str, inline_limit: str) -> None:
-    model_io.INLINE_LIMIT = int(inline_limit)
+    writing.INLINE_LIMIT = int(inline_limit)
     before, start = _peak(), time.perf_counter()
     model_io.save(WORK[work](model_io.load(source)), target)
     print(_peak() - before, time.perf_counter() - start)
