@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from onnxcompress import schemes, targets
 from onnxcompress.api import as_data, observer
 from onnxcompress.budget import Budget
-from onnxcompress.comparison import to_compare_on
+from onnxcompress.comparison import names_classes, to_compare_on
 from onnxcompress.contract import Pass
 from onnxcompress.data import Images
 from onnxcompress.errors import DataError, InputError
@@ -33,7 +33,6 @@ from onnxcompress.variants import (
     Stage,
     Variant,
     all_in_float,
-    names_classes,
     return_layers,
     set_beside,
     story,

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.api import SAMPLES, as_data
 from onnxcompress.data import Data, Images
 from onnxcompress.gates import Gate
+from onnxcompress.measure import random_feed
 from onnxcompress.model_io import load
 from onnxcompress.report import Report, check
 from onnxcompress.session import Feed
-from onnxcompress.variants import Stage, left_out, made_up, set_beside, silent, versions
+from onnxcompress.variants import Stage, set_beside, silent, versions
 
+_RUNS: Final = 8
 _MADE_UP: Final = "no data was given: models were compared on made-up inputs"
 
 
@@ -25,8 +28,21 @@ def to_compare_on(
 ) -> tuple[Data | list[Feed], tuple[str, ...]]:
     """As many feeds of `data` as `samples` says, or made-up ones, and what is to be said of it."""
     if data is None:
-        return made_up(model), (_MADE_UP,)
-    return data.first(samples), (*data.notes, *left_out(data, samples))
+        return [random_feed(model, seed=seed) for seed in range(_RUNS)], (_MADE_UP,)
+    return data.first(samples), (*data.notes, *_left_out(data, samples))
+
+
+def _left_out(data: Data, samples: int) -> tuple[str, ...]:
+    """A note where there are more feeds than `samples`."""
+    if data.size is None or data.size <= samples:
+        return ()
+    return (f"compared on the first {samples} of {data.size} feeds, as many as samples says",)
+
+
+def names_classes(evaluation: Data | Sequence[Feed]) -> bool:
+    """Whether there are labels and they are whole numbers, so that accuracy can be told."""
+    labels = evaluation.labels if isinstance(evaluation, Data) else None
+    return labels is not None and bool((labels == np.rint(labels)).all())
 
 
 def validate(

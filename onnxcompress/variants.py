@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.budget import largest_loss
@@ -20,7 +19,7 @@ from onnxcompress.contract import Array
 from onnxcompress.data import Data
 from onnxcompress.errors import InputError
 from onnxcompress.gates import Gate
-from onnxcompress.measure import Measurement, measure, random_feed
+from onnxcompress.measure import Measurement, measure
 from onnxcompress.measure.latency import paired_latency
 from onnxcompress.mixed import Mixed, Verdict, mix, returned
 from onnxcompress.model_io import load
@@ -30,7 +29,7 @@ from onnxcompress.report import Attempt, Measured, ModelFile, Report, check
 from onnxcompress.report.gating import QUALITY, READERS
 from onnxcompress.session import Feed, Session
 from onnxcompress.targets import Target
-from onnxcompress.validation import Validation, compare
+from onnxcompress.validation import compare
 from onnxcompress.validation.audit import Audit, audit
 
 Stage = Callable[[str], Progress]
@@ -40,7 +39,6 @@ ALIKE: Final = 1.03
 """Two runs of one model differ by as much."""
 
 _LATENCY_SECONDS: Final = 4.0
-_MADE_UP: Final = 8
 _MOST_RECORDED: Final = 1 << 28
 
 
@@ -88,7 +86,7 @@ class Variant:
     @property
     def sqnr(self) -> float:
         """Of the worst output, in dB."""
-        return _sqnr(self.report.validation)
+        return _sqnr(self.report)
 
 
 Outputs = Sequence[Mapping[str, Array]]
@@ -137,7 +135,7 @@ def judge(
     held = check((gate for gate in gates if gate.metric in QUALITY), report)
     return Verdict(
         passed=all(gate.passed for gate in held),
-        sqnr=_sqnr(validation),
+        sqnr=_sqnr(report),
         loss=_loss(report),
     )
 
@@ -263,22 +261,9 @@ def _more(best: Variant, variant: Variant) -> str:
     return "no error" if gain == float("inf") else f"{gain:.1f} dB"
 
 
-def names_classes(evaluation: Data | Sequence[Feed]) -> bool:
-    """Whether there are labels and they are whole numbers, so that accuracy can be told."""
-    labels = evaluation.labels if isinstance(evaluation, Data) else None
-    return labels is not None and bool((labels == np.rint(labels)).all())
-
-
-def left_out(data: Data, samples: int) -> tuple[str, ...]:
-    """A note where there are more feeds than `samples`."""
-    if data.size is None or data.size <= samples:
-        return ()
-    return (f"compared on the first {samples} of {data.size} feeds, as many as samples says",)
-
-
-def _sqnr(validation: Validation | None) -> float:
-    outputs = validation.outputs if validation else ()
-    return min((o.sqnr for o in outputs if o.sqnr is not None), default=float("inf"))
+def _sqnr(report: Report) -> float:
+    sqnr = READERS["sqnr"](report)
+    return float("inf") if sqnr is None else sqnr
 
 
 def _loss(report: Report) -> float | None:
@@ -290,11 +275,6 @@ def _loss(report: Report) -> float | None:
 def _alone(path: Path, feed: Feed, threads: int) -> Measurement:
     found = measure(path, feed, threads=threads, seconds=0.0)
     return dataclasses.replace(found, path=path.name)  # the folder is nobody's business
-
-
-def made_up(model: ir.Model) -> list[Feed]:
-    """Inputs to compare on where there are no data."""
-    return [random_feed(model, seed=seed) for seed in range(_MADE_UP)]
 
 
 def silent(name: str) -> Progress:
