@@ -29,7 +29,7 @@ from onnxcompress.report import Attempt, Measured, ModelFile, Report, check
 from onnxcompress.report.gating import QUALITY, READERS
 from onnxcompress.session import Feed, Session
 from onnxcompress.targets import Target
-from onnxcompress.validation import compare
+from onnxcompress.validation import Validation, compare
 from onnxcompress.validation.audit import Audit, audit
 
 Stage = Callable[[str], Progress]
@@ -105,33 +105,9 @@ def record(source: Path, evaluation: Iterable[Feed]) -> Outputs | None:
     return outputs
 
 
-def judge(
-    source: Path,
-    model: ir.Model,
-    evaluation: Data | Sequence[Feed],
-    gates: Iterable[Gate],
-    expected: Outputs | None,
-    target: Target,
-) -> Verdict:
-    """Hold a candidate for `target` against the gates on quality alone, without timing it.
-
-    Args:
-        expected: what `record` gave for the original.
-
-    Raises:
-        InputError: if it does not run.
-    """
-    labels = evaluation.labels if isinstance(evaluation, Data) else None
-    validation = compare(
-        source,
-        model,
-        evaluation,
-        labels=labels,
-        layers=False,
-        expected=expected,
-        as_written=not target.measurable,
-    )
-    report = Report(verb="compress", source=ModelFile.of(source), validation=validation)
+def judge(original: ModelFile, validation: Validation, gates: Iterable[Gate]) -> Verdict:
+    """Hold a candidate against the gates on quality alone, which ask for no timing."""
+    report = Report(verb="compress", source=original, validation=validation)
     held = check((gate for gate in gates if gate.metric in QUALITY), report)
     return Verdict(
         passed=all(gate.passed for gate in held),
@@ -159,11 +135,22 @@ def return_layers(
     def expected() -> Outputs | None:
         return record(source, evaluation)
 
+    def verdict(model: ir.Model) -> Verdict:
+        validation = compare(
+            source,
+            model,
+            evaluation,
+            layers=False,
+            expected=expected(),
+            as_written=not target.measurable,
+        )
+        return judge(variant.report.source, validation, gates)
+
     return mix(
         variant.outcome,
         target.name,
         calibration,
-        lambda model: judge(source, model, evaluation, gates, expected(), target),
+        verdict,
         min_sqnr=max((g.bound for g in gates if g.metric == "sqnr"), default=None),
         max_loss=largest_loss(gates),
         **options,
