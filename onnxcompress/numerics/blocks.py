@@ -7,7 +7,6 @@ Runtime's contrib operators MatMulNBits and GatherBlockQuantized read them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcompress.numerics.affine import SMALLEST_SCALE
+from onnxcompress.numerics.rows import row_blocks
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -64,7 +64,7 @@ def fit(rows: Array, *, bits: int, block_size: int, symmetric: bool) -> Blocks:
     size = block_size or max(1, rows.shape[-1])
     shape = (*rows.shape[:-1], -(-rows.shape[-1] // size))
     scales, zeros = np.empty(shape, np.float32), np.empty(shape, np.uint8)
-    for index in _chunks(rows):
+    for index in row_blocks(rows, _CHUNK):
         scales[index], zeros[index] = _least_error(_cut(rows[index], size), bits, symmetric)
     return Blocks(scales, zeros, bits, size, symmetric)
 
@@ -73,7 +73,7 @@ def encode(rows: Array, blocks: Blocks) -> Codes:
     """The nearest codes of `rows` (..., N, K), as (..., N, B · block_size); zeros fill them up."""
     width = blocks.scales.shape[-1] * blocks.block_size
     codes = np.empty((*rows.shape[:-1], width), np.uint8)
-    for index in _chunks(rows):
+    for index in row_blocks(rows, _CHUNK):
         part = blocks.part(index)
         scales, zeros = part.scales[..., None], part.zero_points[..., None].astype(np.float32)
         found = _rounded(_cut(rows[index], blocks.block_size), scales, zeros, blocks.bits)
@@ -145,10 +145,3 @@ def _cut(rows: Array, size: int) -> Floats:
     missing = -rows.shape[-1] % size
     rows = np.pad(rows, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(rows)
     return rows.reshape(rows.shape[0], -1, size)
-
-
-def _chunks(rows: Array) -> Iterator[tuple[int | slice, ...]]:
-    step = max(1, _CHUNK // max(1, rows.shape[-1]))
-    for lead in np.ndindex(rows.shape[:-2]):
-        for start in range(0, rows.shape[-2], step):
-            yield (*lead, slice(start, start + step))

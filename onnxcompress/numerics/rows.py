@@ -36,7 +36,7 @@ def code_bounds(rows: Array, *, bound_pairs: bool) -> npt.NDArray[np.float64]:
 def row_bounds(rows: Array, *, bound_pairs: bool) -> npt.NDArray[np.float64]:
     """`code_bounds` of each of the rows (..., N, K), as (..., N)."""
     bounds = np.empty(rows.shape[:-1], np.float64)
-    for index in _blocks(rows):
+    for index in row_blocks(rows):
         bounds[index] = code_bounds(rows[index], bound_pairs=bound_pairs)
     return bounds
 
@@ -46,7 +46,7 @@ def row_codes(
 ) -> npt.NDArray[np.int8]:
     """The int8 codes (..., N, K) of `rows`, with zero as code 0, laid out in memory as they are."""
     codes = np.empty_like(rows, np.int8)
-    for index in _blocks(rows):
+    for index in row_blocks(rows):
         block = quantize(rows[index], symmetric_per_channel(bounds[index], "int8", 0))
         codes[index] = trim_pairs(block) if bound_pairs else block
     return codes
@@ -60,7 +60,7 @@ def row_scales(bounds: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
 def row_sqnr(rows: Array, bounds: npt.NDArray[np.float64]) -> float:
     """Signal to quantization noise of all `row_codes` together, in dB."""
     power = noise = 0.0
-    for index in _blocks(rows):
+    for index in row_blocks(rows):
         block, parameters = rows[index], symmetric_per_channel(bounds[index], "int8", 0)
         error = quantize(block, parameters) * parameters.scale[:, None] - block
         power += float(np.square(block, dtype=np.float64).sum())
@@ -68,8 +68,13 @@ def row_sqnr(rows: Array, bounds: npt.NDArray[np.float64]) -> float:
     return 10 * math.log10(power / noise) if noise and power else math.inf
 
 
-def _blocks(rows: Array) -> Iterator[tuple[int | slice, ...]]:
-    step = max(1, _BLOCK // max(1, rows.shape[-1]))
+def row_blocks(rows: Array, most: int = _BLOCK) -> Iterator[tuple[int | slice, ...]]:
+    """Indices that go through rows (..., N, K) in order, some of a matrix at a time.
+
+    Args:
+        most: elements to take in one go, if that is a row at all.
+    """
+    step = max(1, most // max(1, rows.shape[-1]))
     for lead in np.ndindex(rows.shape[:-2]):
         for start in range(0, rows.shape[-2], step):
             yield (*lead, slice(start, start + step))

@@ -19,6 +19,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from onnxcompress.numerics.rows import row_blocks
+
 Floats = npt.NDArray[np.floating[Any]]
 
 _STEPS: Final = 255
@@ -95,6 +97,5 @@ def _error(
 
 def _blocks(weights: Sequence[Floats]) -> Iterator[Floats]:
     for weight in weights:
-        step = max(1, _BLOCK // max(1, weight.shape[1]))
-        for start in range(0, len(weight), step):
-            yield weight[start : start + step]
+        for index in row_blocks(weight, _BLOCK):
+            yield weight[index]
