@@ -23,8 +23,8 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Array
 from onnxcompress.graph.inference import infer
-from onnxcompress.graph.names import FreshNames, values_of
-from onnxcompress.graph.scopes import subgraphs
+from onnxcompress.graph.names import FreshNames
+from onnxcompress.graph.scopes import subgraphs, values_of
 from onnxcompress.operators import DEFAULT_DOMAINS
 
 Path = Sequence[tuple[ir.Node, ir.Graph]]

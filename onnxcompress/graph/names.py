@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
 
 import onnx_ir as ir
 
-from onnxcompress.graph.scopes import subgraphs
+from onnxcompress.graph.scopes import subgraphs, values_of
 
 
 class FreshNames:
@@ -44,12 +43,6 @@ def make_unique(model: ir.Model) -> None:
             if value.name and value.name in seen:
                 value.name = fresh(value.name)
             seen.add(value.name)
-
-
-def values_of(scope: ir.Graph | ir.Function) -> list[ir.Value]:
-    outputs = chain.from_iterable(node.outputs for node in scope)
-    initializers = scope.initializers.values() if isinstance(scope, ir.Graph) else ()
-    return list(dict.fromkeys(chain(scope.inputs, initializers, outputs)))
 
 
 def _standard_subgraphs(graph: ir.Graph) -> Iterator[ir.Graph]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import onnx_ir as ir
@@ -17,6 +17,32 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
             yield from attribute.as_graphs()
+
+
+def reads(node: ir.Node) -> list[ir.Value]:
+    """The inputs of a node, and what its bodies read of the graph around them."""
+    inner = (v for body in subgraphs(node) for n in body.all_nodes() for v in n.inputs)
+    return [v for v in chain(node.inputs, inner) if v is not None]
+
+
+def sources(values: Iterable[ir.Value]) -> set[ir.Value]:
+    """These values and all that they are computed from."""
+    waiting = list(values)
+    found = set(waiting)
+    while waiting:
+        node = waiting.pop().producer()
+        if node is not None:
+            new = {v for v in reads(node) if v not in found}
+            found |= new
+            waiting.extend(new)
+    return found
+
+
+def values_of(scope: ir.Graph | ir.Function) -> list[ir.Value]:
+    """What the scope itself defines, without the bodies in it."""
+    outputs = chain.from_iterable(node.outputs for node in scope)
+    initializers = scope.initializers.values() if isinstance(scope, ir.Graph) else ()
+    return list(dict.fromkeys(chain(scope.inputs, initializers, outputs)))
 
 
 class Declared:
@@ -49,9 +75,7 @@ class Names:
         seen: set[str | None] = set()
         self._repeated: set[str | None] = set()
         for graph in (root, *root.subgraphs()):
-            initializers = graph.initializers.values() if isinstance(graph, ir.Graph) else ()
-            outputs = chain.from_iterable(node.outputs for node in graph)
-            for value in dict.fromkeys(chain(graph.inputs, initializers, outputs)):
+            for value in values_of(graph):
                 (self._repeated if value.name in seen else seen).add(value.name)
 
     def unique(self, name: str | None) -> bool:

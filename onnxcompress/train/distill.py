@@ -23,7 +23,7 @@ from onnxcompress.data.arrays import stored_npz
 from onnxcompress.errors import InputError
 from onnxcompress.graph.inference import infer
 from onnxcompress.graph.linear import is_op
-from onnxcompress.graph.names import values_of
+from onnxcompress.graph.scopes import values_of
 from onnxcompress.observe import Progress as Asking
 from onnxcompress.operators import int_attribute
 from onnxcompress.passes.deduplicate_initializers import DeduplicateInitializers

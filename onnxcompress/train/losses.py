@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.errors import InputError, did_you_mean
-from onnxcompress.graph.names import values_of
+from onnxcompress.graph.scopes import values_of
 from onnxcompress.train.tape import Tape, dims_of
 
 _TINY = 1e-12
