@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from onnxcompress import schemes, targets
-from onnxcompress.api import as_data, observer
+from onnxcompress.api import Quantization, as_data, observer
 from onnxcompress.budget import Budget
 from onnxcompress.comparison import names_classes, to_compare_on
 from onnxcompress.contract import Pass
@@ -40,10 +40,9 @@ from onnxcompress.variants import (
 )
 from onnxcompress.worth import GAIN, affordable, choose, differs
 
-Scheme = Literal["auto", "static", "dynamic", "weights", "float16", "bfloat16", "float8", "none"]
+Scheme = Literal["auto", Quantization, "none"]
 Passes = tuple[Pass, ...]
 
-_HELD_OUT: Final = 0.2
 _SCREEN: Final = 32
 """Runs of a few feeds that look for the layers that make nearly all of the noise."""
 _EXACT: Final = "exact rewrites only"
@@ -89,7 +88,7 @@ class Job:
             for source in (calibrate, evaluate)
         )
         if held_out is None and self.calibration is not None:
-            self.calibration, held_out = self.calibration.split(_HELD_OUT)
+            self.calibration, held_out = self.calibration.split()
             self.notes.append(
                 f"the last {held_out.size} of {len(self.calibration) + len(held_out)} feeds were "
                 "held out of calibration and used to compare"
@@ -312,14 +311,12 @@ class Job:
 
     def report(self, best: Variant | None) -> Report:
         """The report of the variant that is kept, or of none, with the story of the others."""
-        if best is None:
-            self.notes.append(_AS_IT_CAME)
         bare = Report(verb="compress", source=self.original, target=self.target)
         return replace(
             best.report if best else bare,
             attempts=(*self.attempts, *story(self.variants, best)),
             mixed=self.mixed and replace(self.mixed, kept=best is not None and best.is_mixed),
-            notes=tuple(self.notes),
+            notes=tuple(self.notes if best else [*self.notes, _AS_IT_CAME]),
             versions=versions(),
             measured=replace(
                 best.report.measured if best else Measured(), seconds=dict(self.seconds)

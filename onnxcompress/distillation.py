@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cache as cache_of
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import onnx_ir as ir
 
@@ -18,7 +18,6 @@ from onnxcompress.comparison import validate
 from onnxcompress.data import Images, interface
 from onnxcompress.errors import InputError
 from onnxcompress.model_io import check_writable, load, save
-from onnxcompress.observe import Progress
 from onnxcompress.pipeline import Record, run
 from onnxcompress.recipe import Recipe
 from onnxcompress.report import ModelFile, Report
@@ -26,9 +25,7 @@ from onnxcompress.train import distill as taught
 from onnxcompress.train.distill import Distilled
 from onnxcompress.train.settings import Training
 from onnxcompress.train.students import derive, is_spec
-from onnxcompress.variants import versions
-
-_HELD_OUT: Final = 0.2
+from onnxcompress.variants import Stage, silent, versions
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def distill(
     cache: str | Path | None = None,
     executor: Executor | None = None,
     images: Images | None = None,
-    stage: Callable[[str], Progress] | None = None,
+    stage: Stage | None = None,
 ) -> Distillation:
     """Train a student on what a teacher says of data, then quantize it.
 
@@ -83,7 +80,7 @@ def distill(
     """
     if recipe is not None and recipe.passes and quantize is not None:
         raise InputError("a recipe's passes and quantize exclude each other: leave one out")
-    begin = cache_of(stage or _silent)  # a stage begins when there is something to tell of it
+    begin = cache_of(stage or silent)  # a stage begins when there is something to tell of it
     training = training or (recipe.training if recipe else None) or Training()
     master, notes = as_model(teacher), tuple[str, ...]()
     if isinstance(student, str) and is_spec(student) and not Path(student).exists():
@@ -126,7 +123,7 @@ def distill_files(
     images: Images | None = None,
     samples: int = SAMPLES,
     threads: int = 1,
-    stage: Callable[[str], Progress] | None = None,
+    stage: Stage | None = None,
     **options: Any,
 ) -> Report:
     """`distill` from files to a file, and the student beside its teacher on held-out data.
@@ -144,7 +141,7 @@ def distill_files(
     held: Any = evaluate
     notes = tuple[str, ...]()
     if evaluate is None:
-        learned, held = as_data(data, master, images).split(_HELD_OUT)
+        learned, held = as_data(data, master, images).split()
         notes = (f"the last {len(held)} of {len(learned) + len(held)} feeds were held out",)
     made = distill(master, student, learned, images=images, samples=samples, stage=stage, **options)
     save(made.model, output)
@@ -175,7 +172,3 @@ def _inputs(data: Any, model: ir.Model) -> Any:
 def _faces(model: ir.Model) -> tuple[list[str | None], ...]:
     """The names of what a model takes and gives."""
     return [v.name for v in model.graph.inputs], [v.name for v in model.graph.outputs]
-
-
-def _silent(name: str) -> Progress:
-    return lambda done, total: None
