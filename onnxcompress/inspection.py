@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxcompress import schemes, targets
 from onnxcompress.data.ports import Port, interface
 from onnxcompress.model_io import load, size_on_disk
-from onnxcompress.outlook import Outlook, Runs, integer_share, outlook
+from onnxcompress.outlook import Outlook, Runs, integer_share, outlook, qualified_type
 from onnxcompress.pipeline import run
 
 
@@ -77,8 +77,7 @@ def inspect(path: str | Path, *, target: str = "cpu") -> Inspection:
 
 
 def _count(nodes: Iterable[ir.Node]) -> dict[str, int]:
-    names = (f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in nodes)
-    return dict(Counter(names).most_common())
+    return dict(Counter(map(qualified_type, nodes)).most_common())
 
 
 def _nodes(model: ir.Model) -> int:

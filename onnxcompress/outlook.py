@@ -85,9 +85,13 @@ def integer_share(nodes: Iterable[Outlook]) -> float | None:
     return sum(node.macs or 0 for node in nodes if node.runs is not Runs.FLOAT) / total
 
 
+def qualified_type(node: ir.Node) -> str:
+    """The operator, behind its domain where that is not ONNX's own."""
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
 def _outlook(node: ir.Node) -> Outlook:
-    op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-    return Outlook(node=node.name or "", op=op, runs=Runs.FLOAT, macs=_macs(node))
+    return Outlook(node=node.name or "", op=qualified_type(node), runs=Runs.FLOAT, macs=_macs(node))
 
 
 def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:

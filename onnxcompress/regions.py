@@ -15,7 +15,7 @@ from typing import Final
 import onnx_ir as ir
 
 from onnxcompress import schemes
-from onnxcompress.operators import DEFAULT_DOMAINS, Role, constant_tensor, operator
+from onnxcompress.operators import Role, constant_tensor, operator
 from onnxcompress.passes.quantize_weights import QuantizeWeights
 from onnxcompress.pipeline import run
 from onnxcompress.session import Feed, profile
@@ -109,4 +109,4 @@ def _size(initializer: ir.Value) -> int:
 
 
 def _contracts(node: ir.Node) -> bool:
-    return node.domain in DEFAULT_DOMAINS and operator(node).role is Role.CONTRACT
+    return operator(node).role is Role.CONTRACT
