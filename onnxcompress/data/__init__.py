@@ -69,10 +69,7 @@ class Data:
                 item = next(items, None)
                 if item is None:
                     return
-                where, raw = item
-                if not self.source.uniform:
-                    check(raw, self.ports, where)
-                feed = convert(raw, self.ports, where)
+                feed = self._feed(item)
             yield feed
 
     @property
@@ -157,10 +154,7 @@ class Data:
 
     def unchecked(self) -> Iterator[Feed]:
         """Inputs by name as `__iter__` gives them, but NaN and infinity too."""
-        for where, raw in self._items():
-            if not self.source.uniform:
-                check(raw, self.ports, where)
-            yield convert(raw, self.ports, where, finite=False)
+        return (self._feed(item, finite=False) for item in self._items())
 
     def split(self, fraction: float = 0.2) -> tuple[Data, Data]:
         """The data without its last `fraction`, and that part held out.
@@ -176,6 +170,12 @@ class Data:
             )
         middle = self.start + size - min(size - 1, max(1, round(size * fraction)))
         return replace(self, stop=middle), replace(self, start=middle, stop=self.start + size)
+
+    def _feed(self, item: Item, *, finite: bool = True) -> Feed:
+        where, raw = item
+        if not self.source.uniform:
+            check(raw, self.ports, where)
+        return convert(raw, self.ports, where, finite=finite)
 
     def _items(self) -> Iterator[Item]:
         return self.source.items(self.start, self.stop)
