@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Array
 from onnxcompress.errors import InputError
-from onnxcompress.graph.scopes import subgraphs
+from onnxcompress.graph.scopes import reads, values_of
 from onnxcompress.operators import Role, constant_tensor, operator, weight_inputs
 from onnxcompress.passes.remove_unused import RemoveUnused
 from onnxcompress.session import Feed, Session
@@ -133,7 +133,7 @@ class _Order:
         self._number = {node: i for i, node in enumerate(self.nodes)}
         self._readers: dict[ir.Value, list[int]] = {}
         for i, node in enumerate(self.nodes):
-            for value in _reads(node):
+            for value in reads(node):
                 self._readers.setdefault(value, []).append(i)
         self._end = len(self.nodes)
         self._next = [self._end] * (self._end + 1)
@@ -174,14 +174,14 @@ class _Order:
         reached, leading = {entry}, {end}
         forward = list[ir.Node]()
         for node in some:
-            if not reached.isdisjoint(_reads(node)):
+            if not reached.isdisjoint(reads(node)):
                 forward.append(node)
                 reached.update(node.outputs)
         found = list[ir.Node]()
         for node in reversed(forward):
             if not leading.isdisjoint(node.outputs):
                 found.append(node)
-                leading.update(_reads(node))
+                leading.update(reads(node))
         return found[::-1]
 
     def block(self, entry: ir.Value, end: ir.Value) -> Block | None:
@@ -194,12 +194,6 @@ class _Order:
             if value is not end and not inside.issuperset(self._readers.get(value, ())):
                 return None
         return Block(entry, end, tuple(nodes))
-
-
-def _reads(node: ir.Node) -> list[ir.Value]:
-    """The inputs of a node, and what its bodies read of the graph around them."""
-    inner = (v for body in subgraphs(node) for n in body.all_nodes() for v in n.inputs)
-    return [v for v in chain(node.inputs, inner) if v is not None]
 
 
 def _is_shape(node: ir.Node) -> bool:
@@ -231,7 +225,7 @@ def _size(dim: int | ir.SymbolicDim, names: AbstractSet[str | None]) -> int | st
 def _without(model: ir.Model, block: Block) -> ir.Model | None:
     copy = model.clone()
     entry, exit_ = block.entry.name, block.exit.name
-    values = {v.name: v for v in (*copy.graph.inputs, *(o for n in copy.graph for o in n.outputs))}
+    values = {v.name: v for v in values_of(copy.graph)}
     values[exit_].replace_all_uses_with(values[entry])
     RemoveUnused().call(copy)
     return copy

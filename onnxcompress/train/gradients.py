@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -12,7 +11,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Skip
 from onnxcompress.errors import InputError
-from onnxcompress.graph.scopes import subgraphs
+from onnxcompress.graph.scopes import reads
 from onnxcompress.operators import DEFAULT_DOMAINS, Role, operator
 from onnxcompress.train.rules import RULES
 from onnxcompress.train.tape import Tape, Unsupported, dims_of
@@ -126,12 +125,6 @@ def _between(graph: ir.Graph, loss: ir.Value, carrying: AbstractSet[ir.Value]) -
             path.append(node)
             leads.update(v for v in reads(node) if v in carrying)
     return path[::-1]
-
-
-def reads(node: ir.Node) -> list[ir.Value]:
-    """The inputs of a node, and what its bodies read of the graph around them."""
-    inner = (v for body in subgraphs(node) for n in body.all_nodes() for v in n.inputs)
-    return [v for v in chain(node.inputs, inner) if v is not None]
 
 
 def _apply(

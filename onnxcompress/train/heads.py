@@ -28,7 +28,7 @@ from onnxcompress.graph.linear import (
     origin,
 )
 from onnxcompress.graph.names import FreshNames
-from onnxcompress.graph.scopes import subgraphs
+from onnxcompress.graph.scopes import sources
 from onnxcompress.operators import constant, out_axis
 from onnxcompress.passes.remove_unused import RemoveUnused
 
@@ -339,35 +339,17 @@ def trunk_of(model: ir.Model, at: str | None = None, output: str | None = None) 
     To freeze them, train `head_of` alone, or all but some of these:
     `trainable=["*", *("!" + name for name in trunk)]`. Raises like `find_head`.
     """
-    return _initializers_before(model, [find_head(model, at, output).features])
+    read = sources([find_head(model, at, output).features])
+    floats = ((n, v) for n, v in model.graph.initializers.items() if v.dtype is ir.DataType.FLOAT)
+    return [name for name, value in floats if value in read]
 
 
 def head_of(model: ir.Model, at: str | None = None, output: str | None = None) -> list[str]:
     """Names of the initializers of the head, weight and bias. Raises like `find_head`."""
     head = find_head(model, at, output)
     nodes = [head.node, *([head.bias] if head.bias is not None else [])]
-    sources = [origin(value) for node in nodes for value in node.inputs]
-    return [v.name or "" for v in sources if v is not None and v.is_initializer()]
-
-
-def _initializers_before(model: ir.Model, values: Sequence[ir.Value]) -> list[str]:
-    needed: set[ir.Value] = set()
-    waiting = list(values)
-    while waiting:
-        value = waiting.pop()
-        if value in needed:
-            continue
-        needed.add(value)
-        if (node := value.producer()) is not None:
-            waiting.extend(v for v in _read_by(node) if v not in needed)
-    floats = ((n, v) for n, v in model.graph.initializers.items() if v.dtype is ir.DataType.FLOAT)
-    return [name for name, value in floats if value in needed]
-
-
-def _read_by(node: ir.Node) -> list[ir.Value]:
-    """What a node reads, in its bodies too."""
-    inner = [n for body in subgraphs(node) for n in ir.traversal.RecursiveGraphIterator(body)]
-    return [v for n in (node, *inner) for v in n.inputs if v is not None]
+    held = [origin(value) for node in nodes for value in node.inputs]
+    return [v.name or "" for v in held if v is not None and v.is_initializer()]
 
 
 def features(model: ir.Model, *, at: str | None = None, output: str | None = None) -> ir.Model:

@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from onnxcompress.errors import InputError
 from onnxcompress.graph.inference import infer
+from onnxcompress.graph.scopes import sources, values_of
 from onnxcompress.passes.raise_opset import RaiseOpset
-from onnxcompress.train.gradients import LEAST_OPSET, add_gradients, reads
+from onnxcompress.train.gradients import LEAST_OPSET, add_gradients
 from onnxcompress.train.losses import Loss, Terms
 from onnxcompress.train.optimizers import Optimizer
 from onnxcompress.train.tape import Tape
@@ -73,15 +74,8 @@ def weights_read(model: ir.Model, losses: Sequence[Loss]) -> set[str]:
     """Names of the initializers that the losses depend on."""
     found = objective(model, losses, [])
     graph = found.model.graph
-    waiting = [v for node in graph for v in node.outputs if v.name == found.loss]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop().producer()
-        if node is not None:
-            new = {v for v in reads(node) if v not in seen}
-            seen |= new
-            waiting.extend(new)
-    return {name for name, value in graph.initializers.items() if value in seen}
+    read = sources(v for node in graph for v in node.outputs if v.name == found.loss)
+    return {name for name, value in graph.initializers.items() if value in read}
 
 
 def _prepared(model: ir.Model) -> ir.Model:
@@ -131,7 +125,7 @@ def with_gradients(found: Objective, trainable: Sequence[str]) -> tuple[ir.Model
         InputError: if a gradient cannot be had, or a weight has no effect on the loss.
     """
     copy = found.model.clone()
-    values = {v.name: v for v in (*copy.graph.inputs, *(o for n in copy.graph for o in n.outputs))}
+    values = {v.name: v for v in values_of(copy.graph)}
     wrt = [values[name] for name in trainable]
     gradients = add_gradients(copy.graph, values[found.loss], wrt)
     idle = [v.name for v in wrt if v not in gradients]
