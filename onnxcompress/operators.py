@@ -236,8 +236,7 @@ def output_range(node: ir.Node) -> tuple[float, float] | None:
                 return None
             bounds.append(float(array.reshape(())))
         else:
-            attribute = node.attributes.get(name)
-            bounds.append(default if attribute is None else attribute.as_float())
+            bounds.append(float_attribute(node, name, default))
     return bounds[0], bounds[1]
 
 
@@ -265,8 +264,7 @@ def slope(node: ir.Node, x: Array) -> Array | None:
     if node.domain not in DEFAULT_DOMAINS:
         return None
     if node.op_type == "LeakyRelu":
-        alpha = node.attributes.get("alpha")
-        return np.where(x < 0, 0.01 if alpha is None else alpha.as_float(), 1.0)
+        return np.where(x < 0, float_attribute(node, "alpha", 0.01), 1.0)
     if node.op_type == "Relu":
         return np.where(x < 0, 0.0, 1.0)
     if node.op_type == "Sigmoid":
@@ -279,6 +277,12 @@ def int_attribute(node: ir.Node, name: str, default: int) -> int:
     """An integer attribute, or the operator's default where it is absent."""
     attribute = node.attributes.get(name)
     return default if attribute is None or attribute.is_ref() else attribute.as_int()
+
+
+def float_attribute(node: ir.Node, name: str, default: float) -> float:
+    """A float attribute, or the operator's default where it is absent."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_float()
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:

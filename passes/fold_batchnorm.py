@@ -15,7 +15,6 @@ from onnxcompress.graph.linear import (
     Declined,
     NoSite,
     check_range,
-    float_attribute,
     float_constant,
     is_inference,
     is_op,
@@ -23,6 +22,7 @@ from onnxcompress.graph.linear import (
     spread,
     tensor_of,
 )
+from onnxcompress.operators import float_attribute
 
 
 @dataclass(frozen=True, kw_only=True)

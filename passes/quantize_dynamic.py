@@ -21,6 +21,7 @@ from onnxcompress.operators import (
     constant,
     constant_tensor,
     data_inputs,
+    float_attribute,
     in_axis,
     int_attribute,
     out_axis,
@@ -155,13 +156,15 @@ class _Rewrite:
     def _gemm(self, node: ir.Node) -> None:
         data, weight = _operands(node)
         by_row = bool(int_attribute(node, "transB", 0))
-        codes, scales = self.store.matrices(weight, by_row=by_row, factor=_factor(node, "alpha"))
+        codes, scales = self.store.matrices(
+            weight, by_row=by_row, factor=float_attribute(node, "alpha", 1.0)
+        )
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         operands = self._product(node, data, codes, scales)
         if bias is None:
             become(node, "Mul", operands)
             return
-        if (beta := _factor(node, "beta")) != 1:
+        if (beta := float_attribute(node, "beta", 1.0)) != 1:
             name = f"{node.outputs[0].name}_beta"
             factor = self.store.initializer(name, np.asarray(beta, np.float32))
             bias = self._insert(node, "Mul", [bias, factor])
@@ -261,10 +264,6 @@ def _shape(value: ir.Value | None) -> tuple[int, ...]:
     tensor = constant_tensor(value)
     assert tensor is not None
     return tuple(tensor.shape.numpy())
-
-
-def _factor(node: ir.Node, name: str) -> float:
-    return node.attributes[name].as_float() if name in node.attributes else 1.0
 
 
 def _refuse_weights(node: ir.Node) -> str | None:

@@ -21,6 +21,7 @@ from onnxcompress.operators import (
     DEFAULT_DOMAINS,
     Role,
     constant_tensor,
+    float_attribute,
     int_attribute,
     operator,
     weight_inputs,
@@ -186,8 +187,10 @@ class _Rewrite:
             node.replace_input_with(index, self.blocks.restored(weight, by_channel=by_channel))
 
     def _product(self, node: ir.Node, weight: BlockWeight) -> None:
-        size, beta = self.options.block_size or _WIDEST_BLOCK, _factor(node, "beta")
-        parts = self.blocks.packed(weight, size, padded=True, factor=_factor(node, "alpha"))
+        size, beta = self.options.block_size or _WIDEST_BLOCK, float_attribute(node, "beta", 1.0)
+        parts = self.blocks.packed(
+            weight, size, padded=True, factor=float_attribute(node, "alpha", 1.0)
+        )
         data = node.inputs[0]
         assert data is not None
         if node.op_type == "Gemm" and int_attribute(node, "transA", 0):
@@ -262,10 +265,6 @@ def _is_table(node: ir.Node, tensor: ir.TensorProtocol | None) -> bool:
 def _is_vector(value: ir.Value, size: int) -> bool:
     tensor = constant_tensor(value)
     return tensor is not None and tuple(tensor.shape.numpy()) == (size,)
-
-
-def _factor(node: ir.Node, name: str) -> float:
-    return node.attributes[name].as_float() if name in node.attributes else 1.0
 
 
 def _integers(attributes: Mapping[str, int]) -> dict[str, ir.Attr]:

@@ -19,6 +19,7 @@ from onnxcompress.operators import (
     DEFAULT_DOMAINS,
     Role,
     constant_tensor,
+    float_attribute,
     in_axis,
     int_attribute,
     operator,
@@ -315,11 +316,6 @@ def is_op(node: ir.Node | None, *op_types: str) -> bool:
 def has_reference(node: ir.Node) -> bool:
     """Whether an attribute is a parameter of the function around it, unknown until the call."""
     return any(a.is_ref() for a in node.attributes.values())
-
-
-def float_attribute(node: ir.Node, name: str, default: float) -> float:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_float()
 
 
 def opset_version(imports: Mapping[str, int], default: int) -> int:

@@ -23,6 +23,7 @@ from onnxcompress.operators import (
     constant,
     constant_tensor,
     data_inputs,
+    float_attribute,
     int_attribute,
     out_axis,
     output_range,
@@ -266,7 +267,7 @@ def _refuse_conv(node: ir.Node) -> str | None:
 
 
 def _refuse_gemm(node: ir.Node) -> str | None:
-    if any(node.attributes[k].as_float() != 1 for k in ("alpha", "beta") if k in node.attributes):
+    if any(float_attribute(node, name, 1.0) != 1 for name in ("alpha", "beta")):
         return "the integer kernel has no alpha and beta"
     if int_attribute(node, "transA", 0):
         return "the integer kernel does not transpose its data"
