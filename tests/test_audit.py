@@ -9,8 +9,9 @@ import onnx_ir as ir
 
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
 from onnxcompress.validation.audit import audit
+from tests.passes.calibrated import feeds_of, quantized
 from tests.passes.exactness import Net
-from tests.passes.test_insert_qdq import conv, feeds_of, quantized
+from tests.passes.test_insert_qdq import conv
 
 
 def network() -> Net:

@@ -22,8 +22,9 @@ from onnxcompress.job import compress
 from onnxcompress.operators import TABLE
 from onnxcompress.outlook import Runs
 from onnxcompress.validation.audit import audit
+from tests.passes.calibrated import feeds_of
 from tests.passes.exactness import Net
-from tests.passes.test_insert_qdq import conv, feeds_of
+from tests.passes.test_insert_qdq import conv
 
 SHIPPED = ("coreml", "cpu", "cpu-arm", "cuda", "openvino", "qnn", "tensorrt", "web")
 

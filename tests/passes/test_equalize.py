@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
@@ -14,11 +12,11 @@ from hypothesis import strategies as st
 
 from onnxcompress.contract import Result
 from onnxcompress.errors import InputError
-from onnxcompress.observe import observe
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.session import Session
+from tests.passes.calibrated import apply, feeds_of
 from tests.passes.exactness import Net, assert_close, run
-from tests.passes.test_insert_qdq import conv, feeds_of
+from tests.passes.test_insert_qdq import conv
 
 IMAGE = (2, 8, 10, 10)
 SPREAD = np.exp(np.linspace(-3, 3, 8)).astype(np.float32)
@@ -34,12 +32,9 @@ def spread_conv(net: Net, x: str, **attrs: Any) -> str:
 
 def equalized(net: Net, **options: Any) -> tuple[ir.Model, Result]:
     proto, feeds = net.model(), feeds_of(net)
-    model, pass_ = ir.from_proto(proto), Equalize(**options)
-    statistics = observe(model, feeds, pass_.wants(model))
-    result = replace(pass_, statistics=statistics)(model)
-    assert isinstance(result, Result)
+    model = ir.from_proto(proto)
+    result = apply(Equalize(**options), model, feeds)
     after = ir.to_proto(model)
-    onnx.checker.check_model(after, full_check=True)
     for feed in feeds:
         for expected, actual in zip(run(proto, feed), run(after, feed), strict=True):
             assert_close(actual, expected, 1e-4)

@@ -8,24 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxcompress.contract import Result
 from onnxcompress.errors import InputError
-from onnxcompress.numerics.fidelity import Fidelity
 from onnxcompress.observe import observe
 from onnxcompress.operators import averaged
-from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.insert_qdq import InsertQdq
-from onnxcompress.passes.remove_unused import RemoveUnused
-from onnxcompress.session import Optimization, Session, optimized_model
+from onnxcompress.session import Session, optimized_model
+from tests.passes.calibrated import feeds_of, least_sqnr, quantized
 from tests.passes.exactness import Net
 
 IMAGE = (2, 8, 10, 10)
-FEEDS = 6
 
 
 def conv(net: Net, x: str, c_in: int = 8, c_out: int = 8, k: int = 3, **attrs: Any) -> str:
@@ -37,47 +33,6 @@ def conv(net: Net, x: str, c_in: int = 8, c_out: int = 8, k: int = 3, **attrs: A
     return net.op("Conv", x, weight, bias, **attrs)
 
 
-def quantized(
-    proto: onnx.ModelProto, feeds: list[dict[str, Any]], **options: Any
-) -> tuple[ir.Model, Result]:
-    model = ir.from_proto(proto)
-    InferShapes()(model)
-    pass_ = InsertQdq(**options)
-    statistics = observe(model, feeds, pass_.wants(model))
-    result = replace(pass_, statistics=statistics)(model)
-    assert isinstance(result, Result)
-    RemoveUnused()(model)
-    onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    return model, result
-
-
-def feeds_of(net: Net, seed: int = 1) -> list[dict[str, Any]]:
-    random = np.random.default_rng(seed)
-    found: list[dict[str, Any]] = []
-    for _ in range(FEEDS):
-        feed: dict[str, Any] = {}
-        for info in net.inputs:
-            shape = [d.dim_value for d in info.type.tensor_type.shape.dim]
-            feed[info.name] = random.standard_normal(shape).astype(net.dtype)
-        found.append(feed)
-    return found
-
-
-def sqnr(
-    a: ir.Model, b: ir.Model, feeds: list[dict[str, Any]], optimization: Optimization
-) -> float:
-    first, second = Session(a, optimization="none"), Session(b, optimization=optimization)
-    worst = np.inf
-    for feed in feeds:
-        expected, found = first.run(feed), second.run(feed)
-        assert list(expected) == list(found)
-        for name in expected:
-            fidelity = Fidelity()
-            fidelity.update(expected[name], found[name])
-            worst = min(worst, fidelity.sqnr)
-    return worst
-
-
 def check(
     net: Net, kernels: Mapping[str, int], least: float = 30.0, **options: Any
 ) -> tuple[ir.Model, Result]:
@@ -85,8 +40,8 @@ def check(
     proto, feeds = net.model(), feeds_of(net)
     model, result = quantized(proto, feeds, **options)
     original = ir.from_proto(proto)
-    assert sqnr(original, model, feeds, "none") > least
-    assert sqnr(original, model, feeds, "all") > least
+    assert least_sqnr(original, model, feeds, "none") > least
+    assert least_sqnr(original, model, feeds, "all") > least
     found = Counter(node.op_type for node in optimized_model(model).graph)
     assert {op: found[op] for op in kernels} == dict(kernels), found
     for side in ("inputs", "outputs"):
@@ -488,7 +443,7 @@ def test_a_second_run_takes_no_name_of_the_first() -> None:
     assert result.modified
     names = [node.name for node in model.graph]
     assert len(set(names)) == len(names)
-    assert sqnr(ir.from_proto(net.model()), model, feeds_of(net), "none") > 25
+    assert least_sqnr(ir.from_proto(net.model()), model, feeds_of(net), "none") > 25
 
 
 def test_a_range_that_the_clip_before_it_leaves_no_room_for() -> None:
@@ -497,10 +452,10 @@ def test_a_range_that_the_clip_before_it_leaves_no_room_for() -> None:
     x = net.op("Clip", net.input("x", *IMAGE), low, high)
     net.op("Relu", conv(net, x), out="y")
     net.output("y")
-    feeds = [{"x": -np.ones(IMAGE, np.float32)}] * FEEDS
+    feeds = [{"x": -np.ones(IMAGE, np.float32)}] * 6
     model, result = quantized(net.model(), feeds)
     assert result.modified
-    assert sqnr(ir.from_proto(net.model()), model, feeds, "none") > 25
+    assert least_sqnr(ir.from_proto(net.model()), model, feeds, "none") > 25
 
 
 def test_without_statistics_it_names_what_is_missing() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,38 +16,20 @@ from onnxcompress.contract import Result
 from onnxcompress.graph.channel_scaling import Channels, site_of
 from onnxcompress.graph.folding import Folding
 from onnxcompress.graph.linear import Declined
-from onnxcompress.numerics.fidelity import Fidelity
 from onnxcompress.numerics.smoothing import smoothing_factors
-from onnxcompress.observe import observe
 from onnxcompress.passes.smooth import Smooth
-from onnxcompress.session import Session
+from tests.passes.calibrated import apply, feeds_of, sqnr
 from tests.passes.exactness import Net, assert_close, count, run
 
 ROWS, WIDTH, HEADS = 12, 16, 4
 OUTLIERS = np.where(np.arange(WIDTH) % 7 == 3, 40.0, 1.0)
 
 
-def feeds(net: Net, number: int = 16) -> list[dict[str, Any]]:
-    random = np.random.default_rng(3)
-    shapes = [[d.dim_value for d in v.type.tensor_type.shape.dim] for v in net.inputs]
-    names = [v.name for v in net.inputs]
-    return [
-        {
-            n: random.standard_normal(s).astype(np.float32)
-            for n, s in zip(names, shapes, strict=True)
-        }
-        for _ in range(number)
-    ]
-
-
 def smoothed(net: Net, **options: Any) -> tuple[onnx.ModelProto, Result]:
-    proto, data = net.model(), feeds(net)
-    model, pass_ = ir.from_proto(proto), Smooth(**options)
-    wants = pass_.wants(model)
-    result = replace(pass_, statistics=observe(model, data, wants) if wants else None)(model)
-    assert isinstance(result, Result)
+    proto, data = net.model(), feeds_of(net, seed=3, count=16)
+    model = ir.from_proto(proto)
+    result = apply(Smooth(**options), model, data)
     after = ir.to_proto(model)
-    onnx.checker.check_model(after, full_check=True)
     assert list(after.graph.input) == list(proto.graph.input)
     assert list(after.graph.output) == list(proto.graph.output)
     for feed in data[:3]:
@@ -137,17 +118,13 @@ def test_quantization_loses_less(make: Any) -> None:
     net = Net()
     dense(net, make(net, start(net)), out="y")
     net.output("y")
-    model, data = ir.from_proto(net.model()), feeds(net, 64)
+    model, data = ir.from_proto(net.model()), feeds_of(net, seed=3, count=64)
     passes = schemes.static()
     at = next(i for i, p in enumerate(passes) if p.name == "insert_qdq")
     left: list[float] = []
     for chosen in (passes, (*passes[:at], Smooth(), *passes[at:])):
         quantized = api.run(model, chosen, observer=api.observer(api.as_data(data, model))).model
-        original, candidate = Session(model), Session(quantized)
-        error = Fidelity()
-        for feed in data:
-            error.update(original.run(feed)["y"], candidate.run(feed)["y"])
-        left.append(error.sqnr)
+        left.append(sqnr(model, quantized, data))
     assert left[1] > left[0]
 
 
@@ -169,7 +146,7 @@ def test_any_factors_leave_the_function(make: Any, factors: list[float], seed: i
     next(folding.containers())
     value = next(v for node in model.graph for v in node.outputs if v.name == x)
     site_of(folding, value, Channels((-1,), (WIDTH,))).scale(folding, np.array(factors))
-    feed = feeds(net, 1)[0]
+    feed = feeds_of(net, seed=3)[0]
     for expected, actual in zip(run(proto, feed), run(ir.to_proto(model), feed), strict=True):
         assert_close(actual, expected, 1e-4)
 

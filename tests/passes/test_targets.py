@@ -18,9 +18,9 @@ from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
 from onnxcompress.passes.round_second_order import RoundSecondOrder
-from tests.passes.calibrated import apply
+from tests.passes.calibrated import apply, feeds_of, least_sqnr, quantized, sqnr
 from tests.passes.exactness import Net
-from tests.passes.test_insert_qdq import IMAGE, conv, feeds_of, ints, quantized, sqnr
+from tests.passes.test_insert_qdq import IMAGE, conv, ints
 
 QUANTIZING = [name for name in targets.names() if targets.load(name).kernels]
 SCHEMES = [
@@ -81,11 +81,11 @@ def test_every_result_loads_and_is_as_faithful_as_for_cpu(target: str, activatio
     original = ir.from_proto(proto)
     model = made_for(target, activations, net)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    found = sqnr(original, model, feeds, "none")
+    found = least_sqnr(original, model, feeds, "none")
     # Symmetric codes of a ReLU use half of their range: 6 dB.
     lost = 6.0 if targets.load(target).activations.symmetric else 1.0
-    assert found > sqnr(original, made_for("cpu", None, net), feeds, "none") - lost
-    sqnr(original, model, feeds, "all")  # loads with ONNX Runtime's rewrites too
+    assert found > least_sqnr(original, made_for("cpu", None, net), feeds, "none") - lost
+    least_sqnr(original, model, feeds, "all")  # loads with ONNX Runtime's rewrites too
 
 
 @pytest.mark.parametrize(("target", "activations"), SCHEMES)
@@ -174,7 +174,7 @@ def test_a_tie_holds_along_a_chain_unless_it_would_cost_accuracy(factor: float, 
         assert pair_of(node.inputs[0]) == pair_of(node.outputs[0]) is not None
     around = {pair_of(v) for v in (*concat.inputs, *concat.outputs)}
     assert None not in around and (len(around) == 1) == tied
-    assert sqnr(ir.from_proto(net.model()), model, feeds_of(net), "none") > 25
+    assert least_sqnr(ir.from_proto(net.model()), model, feeds_of(net), "none") > 25
 
 
 def test_tensorrt_adds_a_residual_within_the_convolution() -> None:
@@ -213,7 +213,7 @@ def test_qnn_has_sigmoid_and_tanh_on_the_scales_that_it_insists_on(
     assert pair_of(by_type["Sigmoid"].outputs[0]) == (step, 0)
     assert pair_of(by_type["Reshape"].outputs[0]) == (step, 0)
     assert pair_of(by_type["Tanh"].outputs[0]) == (2 * step, 0.5 / step)
-    assert sqnr(ir.from_proto(net.model()), model, feeds_of(net), "none") > 25
+    assert least_sqnr(ir.from_proto(net.model()), model, feeds_of(net), "none") > 25
 
 
 def test_operators_that_start_by_themselves_start_at_floats_only(
@@ -257,7 +257,7 @@ def test_a_split_is_tied_to_each_of_its_parts() -> None:
         (split,) = (n for n in model.graph if n.op_type == "Split")
         around = {pair_of(value) for value in (*split.inputs, *split.outputs)}
         assert len(around) == 1 and None not in around, target
-        assert sqnr(ir.from_proto(net.model()), model, feeds_of(net), "none") > 25
+        assert least_sqnr(ir.from_proto(net.model()), model, feeds_of(net), "none") > 25
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "openvino"])
@@ -271,10 +271,32 @@ def test_rounding_and_bias_correction_reach_layers_whose_bias_stayed_float(targe
     assert isinstance(before, float) and isinstance(after, float) and after < before / 2
     corrected = apply(CorrectBias(target=target), model, feeds)
     assert corrected.modified and not corrected.skips
-    assert sqnr(ir.from_proto(proto), model, feeds, "none") > 35
+    assert least_sqnr(ir.from_proto(proto), model, feeds, "none") > 35
     left = corrected.figures["mean error after"]
     assert isinstance(left, float) and left < 1e-9  # no step of an integer is left, only float32's
     assert not any(v.dtype == ir.DataType.INT32 for v in model.graph.initializers.values())
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "openvino"])
+def test_rounding_and_bias_correction_pay_at_the_output(target: str) -> None:
+    """Where weights lose most, for what the data loses by its own rounding neither pass gives back.
+
+    One large element a channel makes the steps of its weights coarse.
+    """
+    net = network()
+    for weight in net.weights:
+        array = onnx.numpy_helper.to_array(weight).copy()
+        if array.ndim > 1:
+            array[:, 0] *= 8
+            weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    feeds, others = feeds_of(net, count=12), feeds_of(net, seed=2, count=24)
+    original = ir.from_proto(net.model())
+    model, _ = quantized(net.model(), feeds, target=target)
+    plain, unseen = (sqnr(original, model, data, "none") for data in (feeds, others))
+    apply(RoundSecondOrder(target=target), model, feeds)
+    apply(CorrectBias(target=target), model, feeds)
+    assert sqnr(original, model, feeds, "none") > plain
+    assert sqnr(original, model, others, "none") > unseen
 
 
 @pytest.mark.parametrize("target", ["cuda", "coreml"])
