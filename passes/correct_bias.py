@@ -16,6 +16,7 @@ from onnxcompress.errors import InputError
 from onnxcompress.graph.names import FreshNames
 from onnxcompress.graph.quantized_kernels import QuantizedKernel, quantized_kernels
 from onnxcompress.graph.quantized_weights import FLOAT
+from onnxcompress.graph.rewriting import initializer
 from onnxcompress.numerics.second_order import mean_square
 from onnxcompress.operators import operator
 
@@ -155,14 +156,14 @@ def _add_bias(graph: ir.Graph, kernel: QuantizedKernel, bias: Array, fresh: Fres
     """Give the kernel this bias: int32 behind a DequantizeLinear, or float32 as it is."""
     base = f"{kernel.node.name or kernel.codes.name}_bias"
     quantized = bias.dtype == np.int32
-    stored = _initializer(graph, fresh(f"{base}_quantized" if quantized else base), bias)
+    stored = initializer(graph, fresh(f"{base}_quantized" if quantized else base), bias)
     stored.meta[FLOAT] = ir.tensor(np.zeros(bias.shape, np.float32))
     kernel.node.resize_inputs(3)
     kernel.node.replace_input_with(2, stored)
     if not quantized:
         return
     parts = {"scale": kernel.bias_scales(), "zero_point": np.zeros_like(bias)}
-    constants = [_initializer(graph, fresh(f"{base}_{k}"), array) for k, array in parts.items()]
+    constants = [initializer(graph, fresh(f"{base}_{k}"), array) for k, array in parts.items()]
     restore = ir.node("DequantizeLinear", [stored, *constants], {"axis": 0})
     output = restore.outputs[0]
     output.name = restore.name = fresh(f"{base}_dequantized")
@@ -170,9 +171,3 @@ def _add_bias(graph: ir.Graph, kernel: QuantizedKernel, bias: Array, fresh: Fres
     assert kernel.node.graph is not None
     kernel.node.graph.insert_before(kernel.node, restore)
     kernel.node.replace_input_with(2, output)
-
-
-def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(array, name=name))
-    graph.register_initializer(value)
-    return value

@@ -12,6 +12,7 @@ from onnxcompress import targets
 from onnxcompress.contract import Pass, Result, Skip
 from onnxcompress.graph.names import FreshNames
 from onnxcompress.graph.packed_weights import packed
+from onnxcompress.graph.rewriting import initializer
 from onnxcompress.operators import (
     DEFAULT_DOMAINS,
     Role,
@@ -134,10 +135,7 @@ def _shield(way: ir.Node, axis: int, channels: int, fresh: FreshNames) -> None:
         array = constant(value)
         assert array is not None and value is not None
         name = fresh(f"{value.name}_by_channel")
-        tensor = ir.tensor(np.full(channels, array.reshape(-1)[0]), name=name)
-        copy = ir.Value(name=name, type=value.type, shape=ir.Shape((channels,)), const_value=tensor)
-        graph.register_initializer(copy)
-        inputs.append(copy)
+        inputs.append(initializer(graph, name, np.full(channels, array.reshape(-1)[0])))
     shield = ir.node("DequantizeLinear", inputs, {"axis": axis})
     output = shield.outputs[0]
     output.name = shield.name = fresh(f"{floats.name}_by_channel")

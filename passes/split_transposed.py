@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Array, Pass, Result, Skip
 from onnxcompress.graph.names import FreshNames
+from onnxcompress.graph.rewriting import initializer
 from onnxcompress.operators import DEFAULT_DOMAINS, constant, constant_tensor, int_attribute
 
 _OPSET: Final = 11
@@ -119,18 +120,13 @@ def _rewrite(graph: ir.Graph, node: ir.Node, fresh: FreshNames) -> None:
     stride = _ints(node, "strides", (1, 1))[0]
     label = old.name or "output"
 
-    def initializer(name: str, array: Array) -> ir.Value:
-        name = fresh(name)
-        value = ir.val(name, const_value=ir.tensor(array, name=name))
-        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        value.shape = ir.Shape(array.shape)
-        graph.register_initializer(value)
-        return value
+    def stored(part: str, array: Array) -> ir.Value:
+        return initializer(graph, fresh(f"{label}_{part}"), array)
 
     split = split_weight(weight, stride)
-    inputs = [node.inputs[0], initializer(f"{label}_weight", split)]
+    inputs = [node.inputs[0], stored("weight", split)]
     if bias is not None:
-        inputs.append(initializer(f"{label}_bias", np.repeat(bias, stride**2)))
+        inputs.append(stored("bias", np.repeat(bias, stride**2)))
     reach = [taps - 1 for taps in split.shape[2:]]
     attributes = {"pads": [*reach, *reach], "kernel_shape": list(split.shape[2:])}
     new = [ir.node("Conv", inputs, attributes, name=node.name)]
@@ -141,7 +137,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, fresh: FreshNames) -> None:
     if any(before) or any(behind):
         ends = [-b if b else _END for b in behind]
         bounds = [np.array(v, np.int64) for v in (before, ends, [2, 3])]
-        parts = [initializer(f"{label}_crop_{i}", bound) for i, bound in enumerate(bounds)]
+        parts = [stored(f"crop_{i}", bound) for i, bound in enumerate(bounds)]
         new.append(ir.node("Slice", [new[-1].outputs[0], *parts]))
     for inner in new[:-1]:
         inner.outputs[0].name = fresh(f"{label}_{inner.op_type}")

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Pass, Result
 from onnxcompress.graph.names import FreshNames
+from onnxcompress.graph.rewriting import initializer
 from onnxcompress.operators import DEFAULT_DOMAINS, constant
 
 _BROADCASTS = 8
@@ -50,7 +51,5 @@ def _is_addition(node: ir.Node, graph: ir.Graph, fresh: FreshNames) -> bool:
     if array is None or array.dtype != np.float32:
         return False
     name = fresh(f"{node.outputs[0].name}_addend")
-    value = ir.val(name, ir.DataType.FLOAT, array.shape, const_value=ir.tensor(-array, name=name))
-    graph.register_initializer(value)
-    node.replace_input_with(1, value)
+    node.replace_input_with(1, initializer(graph, name, -array))
     return True

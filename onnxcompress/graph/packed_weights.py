@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Array
 from onnxcompress.graph.names import FreshNames
-from onnxcompress.graph.rewriting import insert
+from onnxcompress.graph.rewriting import initializer, insert
 from onnxcompress.operators import constant
 
 
@@ -31,7 +31,7 @@ def unpacked(dequantizer: ir.Node, graph: ir.Graph, fresh: FreshNames) -> ir.Val
     if scale is None or scale.ndim > 1 or (zero is not None and zero.any()):
         return None
     name = (codes.name or "weight").removesuffix("_quantized")
-    step = _initializer(fresh(f"{name}_step"), _along(scale, dequantizer, len(codes.shape)), graph)
+    step = initializer(graph, fresh(f"{name}_step"), _along(scale, dequantizer, len(codes.shape)))
     first, float32 = graph[0], int(ir.DataType.FLOAT)
     whole = insert(first, "Cast", [codes], fresh(f"{name}_whole"), {"to": float32})
     floats = insert(first, "Mul", [whole, step], fresh(f"{name}_unpacked"))
@@ -59,15 +59,3 @@ def _along(scale: Array, dequantizer: ir.Node, rank: int) -> Array:
     axis = dequantizer.attributes["axis"].as_int() if "axis" in dequantizer.attributes else 1
     shape[axis] = scale.size
     return scale.reshape(shape)
-
-
-def _initializer(name: str, array: Array, graph: ir.Graph) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(tensor.shape.numpy()),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value

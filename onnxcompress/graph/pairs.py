@@ -135,12 +135,7 @@ class FloatWeights:
         if codes not in self._made:
             tensor = cast(ir.TensorProtocol, codes.meta[FLOAT])
             name = self._fresh((codes.name or "weight").removesuffix("_quantized"))
-            value = ir.Value(
-                name=name,
-                type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(tensor.shape.numpy()),
-                const_value=tensor,
-            )
+            value = ir.val(name, const_value=tensor)
             self._graph.register_initializer(value)
             self._made[codes] = value
         return self._made[codes]

@@ -58,8 +58,7 @@ class WeightStore:
         # ir.tensor would ask a Protocol what it is, which costs more than all else here.
         tensor = ir.Tensor(content, name=name) if isinstance(content, np.ndarray) else content
         tensor.name = name
-        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
-        value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
+        value = ir.val(name, const_value=tensor)
         self.graph.register_initializer(value)
         return value
 

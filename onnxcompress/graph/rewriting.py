@@ -1,10 +1,12 @@
-"""Small changes to a node that keep its outputs, and with them their names and readers."""
+"""Small changes to a graph: a node that becomes another, one before it, a constant more."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
+
+from onnxcompress.contract import Array
 
 
 def become(
@@ -41,3 +43,10 @@ def insert(
     assert node.graph is not None
     node.graph.insert_before(node, new)
     return output
+
+
+def initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    """A new initializer of the graph, which has no value of this name yet."""
+    value = ir.val(name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(value)
+    return value
