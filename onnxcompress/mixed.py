@@ -245,8 +245,7 @@ class _Search:
         found = None
         while low <= high:
             candidate = _Choice(frozenset(h for step in self._steps[:at] for h in step.holders))
-            progress(len(self._verdicts), None)
-            passed = self.measured(candidate).passed
+            passed = self._passes(candidate, progress)
             bracketed[passed] = True
             if passed:
                 found, high = candidate, at - 1
@@ -264,9 +263,8 @@ class _Search:
         bought = [s.holders for s in self._steps if chosen.floats.issuperset(s.holders)]
         dearest = sorted(bought[:-1], key=lambda holders: -sum(self._macs[h] for h in holders))
         for holders in dearest[:_GIVE_BACKS]:
-            progress(len(self._verdicts), None)
             fewer = _Choice(chosen.floats - frozenset(holders))
-            if self.measured(fewer).passed:
+            if self._passes(fewer, progress):
                 chosen = fewer
         return chosen
 
@@ -278,8 +276,7 @@ class _Search:
         at = high
         while low <= high:
             candidate = _Choice(chosen.floats, frozenset(quiet[:at]))
-            progress(len(self._verdicts), None)
-            if self.measured(candidate).passed:
+            if self._passes(candidate, progress):
                 chosen, low = candidate, at + 1
             else:
                 high = at - 1
@@ -328,6 +325,11 @@ class _Search:
         if choice not in self._verdicts:
             self._verdicts[choice] = self._judge(self.outcome(choice).model)
         return self._verdicts[choice]
+
+    def _passes(self, choice: _Choice, progress: Progress) -> bool:
+        """Whether a candidate passes, after telling how many were validated before it."""
+        progress(len(self._verdicts), None)
+        return self.measured(choice).passed
 
     def _share(self, floats: frozenset[int]) -> float:
         kept = sum(macs for i, macs in enumerate(self._macs) if i not in floats)
