@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxcompress.graph.names import FreshNames
 from onnxcompress.graph.packed_weights import unpacked
 from onnxcompress.graph.placement import absorbed_output
-from onnxcompress.graph.quantized_weights import FLOAT
+from onnxcompress.graph.quantized_weights import FLOAT, dequantizer_of
 from onnxcompress.operators import DEFAULT_DOMAINS, data_inputs, operator
 from onnxcompress.targets import Target
 
@@ -169,10 +169,8 @@ def drop(pair: Pair) -> None:
 
 def quantized_constant(value: ir.Value | None) -> ir.Value | None:
     """The integer initializer behind a DequantizeLinear; None where `value` is something else."""
-    producer = None if value is None else value.producer()
-    if producer is None or producer.op_type != "DequantizeLinear":
-        return None
-    codes = producer.inputs[0]
+    restore = dequantizer_of(value)
+    codes = None if restore is None else restore.inputs[0]
     return codes if codes is not None and codes.is_initializer() else None
 
 
@@ -198,15 +196,10 @@ def _runs_on_integers(node: ir.Node, target: Target) -> bool:
     weight = operator(node).weight
     if weight is not None and weight < len(node.inputs) and node.inputs[weight] is not None:
         read = [*read, cast(ir.Value, node.inputs[weight])]
-    if not read or not all(_is_dequantized(value) for value in read):
+    if not read or not all(dequantizer_of(value) for value in read):
         return False
     users = (usage.node for usage in absorbed_output(node, target).uses())
     return kernel.output != "integer" or any(user.op_type == "QuantizeLinear" for user in users)
-
-
-def _is_dequantized(value: ir.Value) -> bool:
-    producer = value.producer()
-    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _pair(

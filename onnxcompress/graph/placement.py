@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Skip
+from onnxcompress.graph.quantized_weights import dequantizer_of
 from onnxcompress.numerics.affine import affine, dequantize, quantize
 from onnxcompress.operators import (
     DEFAULT_DOMAINS,
@@ -236,7 +237,7 @@ def _text(node: ir.Node, name: str) -> str:
 
 def _refusal(node: ir.Node, target: Target) -> str | None:
     """Why a node of a type that has an integer kernel cannot use it; None where it can."""
-    if all(_is_dequantized(value) for value in node.inputs[:2]):
+    if all(dequantizer_of(value) for value in node.inputs[:2]):
         return "it reads integers already"
     if len(node.outputs) > 1 and node.op_type != "Split":
         return "it has more than one output"
@@ -248,11 +249,6 @@ def _refusal(node: ir.Node, target: Target) -> str | None:
     if reason is None and any(v.dtype not in allowed for v in data_inputs(node)):
         return "its data are not float32"
     return reason
-
-
-def _is_dequantized(value: ir.Value | None) -> bool:
-    producer = None if value is None else value.producer()
-    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _refuse_conv(node: ir.Node) -> str | None:

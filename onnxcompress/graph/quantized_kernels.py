@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.contract import Array, Kind, Skip, Want
-from onnxcompress.graph.quantized_weights import FLOAT
+from onnxcompress.graph.quantized_weights import FLOAT, dequantizer_of, kernel_axes
 from onnxcompress.numerics.affine import RANGES, SMALLEST_SCALE
 from onnxcompress.numerics.row_sample import Patches
 from onnxcompress.operators import (
@@ -22,7 +22,6 @@ from onnxcompress.operators import (
     constant_tensor,
     int_attribute,
     operator,
-    out_axis,
 )
 
 _OPERATORS = ("Conv", "Gemm", "MatMul")
@@ -147,12 +146,7 @@ class QuantizedKernel:
 
     def _order(self) -> list[int]:
         """Axes of the weight: output channel, places in the kernel, input channel."""
-        rank = len(self._shape)
-        if self.node.op_type == "Conv":
-            return [0, *range(2, rank), 1]
-        axis = out_axis(self.node, rank)
-        assert axis is not None
-        return [axis, 1 - axis]
+        return kernel_axes(self.node, len(self._shape))
 
     def _matrix(self, weight: Array) -> Array:
         ordered = weight.transpose(self._order())
@@ -178,7 +172,7 @@ def quantized_kernels(graph: ir.Graph) -> tuple[list[QuantizedKernel], list[Skip
     for node in ir.traversal.RecursiveGraphIterator(graph):
         if node.op_type not in _OPERATORS or node.domain not in DEFAULT_DOMAINS:
             continue
-        data, weight = _dequantizer(node, 0), _dequantizer(node, 1)
+        data, weight = dequantizer_of(node.inputs[0]), dequantizer_of(node.inputs[1])
         if data is None or weight is None or constant_tensor(weight.inputs[0]) is None:
             continue
         reason = _refusal(node, data, weight)
@@ -210,7 +204,7 @@ def _bias_refusal(node: ir.Node) -> str | None:
     index = operator(node).bias
     if index is None or index >= len(node.inputs) or node.inputs[index] is None:
         return None
-    restore = _dequantizer(node, index)
+    restore = dequantizer_of(node.inputs[index])
     if restore is None and _is_own_float(node.inputs[index]):
         return None
     codes = None if restore is None else restore.inputs[0]
@@ -226,7 +220,7 @@ def _kernel(node: ir.Node, data: ir.Node, weight: ir.Node) -> QuantizedKernel:
     assert data_scale is not None
     index = operator(node).bias
     bias = None if index is None or index >= len(node.inputs) else node.inputs[index]
-    if index is not None and (restore := _dequantizer(node, index)) is not None:
+    if (restore := dequantizer_of(bias)) is not None:
         bias = restore.inputs[0]
     zero = int(_zero_point(data).reshape(-1)[0])
     step = np.float32(data_scale.reshape(-1)[0])
@@ -247,12 +241,6 @@ def _is_own_float(bias: ir.Value | None) -> bool:
         return False
     own = len(bias.uses()) == 1 and not bias.is_graph_output()
     return own and bias.const_value is not None and bias.const_value.dtype == ir.DataType.FLOAT
-
-
-def _dequantizer(node: ir.Node, index: int) -> ir.Node | None:
-    value = node.inputs[index] if index < len(node.inputs) else None
-    producer = None if value is None else value.producer()
-    return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
 
 
 def _zero_point(dequantizer: ir.Node) -> Array:

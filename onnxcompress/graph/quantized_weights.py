@@ -293,6 +293,12 @@ class WeightStore:
         return insert(first, op_type, inputs, name, attributes)
 
 
+def dequantizer_of(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that makes `value`; None where something else does."""
+    producer = None if value is None else value.producer()
+    return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
+
+
 def computed(integers: Callable[[], Array], dtype: str, shape: Sequence[int]) -> ir.TensorProtocol:
     """A tensor of `integers()`, made on demand where it is large."""
     kind = ir.DataType[dtype.upper()]
@@ -301,21 +307,24 @@ def computed(integers: Callable[[], Array], dtype: str, shape: Sequence[int]) ->
     return ir.tensor(integers(), kind)
 
 
-def _kernel_order(node: ir.Node, rank: int) -> list[int] | None:
-    """Axes of the weight as an 8-bit kernel walks it: output channel first, then as it sums.
+def kernel_axes(node: ir.Node, rank: int) -> list[int]:
+    """Axes of the weight as an 8-bit kernel walks it: output channel first, then as it sums."""
+    if node.op_type == "Conv":
+        return [0, *range(2, rank), 1]
+    axis = out_axis(node, rank)
+    assert axis is not None
+    return [axis, *(i for i in range(rank) if i != axis)]
 
-    None where the kernel adds in 32 bits anyway (a depthwise convolution).
-    """
+
+def _kernel_order(node: ir.Node, rank: int) -> list[int] | None:
+    """`kernel_axes`; None where the kernel adds in 32 bits anyway (a depthwise convolution)."""
     if node.op_type == "Conv":
         weight = constant_tensor(node.inputs[1])
         assert weight is not None
         channels, width = weight.shape.numpy()[:2]
         if width == 1 and channels == int_attribute(node, "group", 1) != 1:
             return None
-        return [0, *range(2, rank), 1]
-    axis = out_axis(node, rank)
-    assert axis is not None
-    return [axis, *(i for i in range(rank) if i != axis)]
+    return kernel_axes(node, rank)
 
 
 def _rows(weight: Array, axis: int | None, order: Sequence[int] | None) -> Array:
