@@ -34,7 +34,7 @@ def _leaky_relu(tape: Tape, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value
 
 
 def _thresholded_relu(tape: Tape, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
-    return _truth(tape, tape.op("Greater", [x, tape.scalar(_alpha(node, 1.0), x)]), x)
+    return tape.cast(tape.op("Greater", [x, tape.scalar(_alpha(node, 1.0), x)]), x)
 
 
 def _elu(tape: Tape, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -201,11 +201,7 @@ def _within(tape: Tape, y: ir.Value, low: float, high: float) -> ir.Value:
     """1 where y lies strictly between the bounds, 0 elsewhere."""
     above = tape.op("Greater", [y, tape.scalar(low, y)])
     below = tape.op("Less", [y, tape.scalar(high, y)])
-    return _truth(tape, tape.op("And", [above, below]), y)
-
-
-def _truth(tape: Tape, mask: ir.Value, like: ir.Value) -> ir.Value:
-    return tape.cast(mask, like)
+    return tape.cast(tape.op("And", [above, below]), y)
 
 
 _SLOPES: Final[dict[str, Slope]] = {

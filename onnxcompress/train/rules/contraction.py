@@ -7,7 +7,7 @@ from typing import Final
 import onnx_ir as ir
 
 from onnxcompress.train.rules.broadcasting import Dims, stated, sum_to, unbroadcast
-from onnxcompress.train.tape import Gradients, Rule, Tape, rank_of, required
+from onnxcompress.train.tape import Gradients, Rule, Tape, present, rank_of, required
 
 
 def gemm(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
@@ -29,7 +29,7 @@ def gemm(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
 
 
 def _bias(tape: Tape, node: ir.Node, dy: ir.Value | None) -> ir.Value | None:
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = present(node, 2)
     if bias is None or dy is None or not tape.wanted(bias):
         return None
     beta = node.attributes.get_float("beta", 1.0)

@@ -114,7 +114,7 @@ def cast(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
     x = required(node, 0)
     if dtype_of(x) == dtype_of(node.outputs[0]):
         return given
-    return [tape.op("Cast", [_only(given)], {"to": dtype_of(x).value})]
+    return [tape.cast(_only(given), x)]
 
 
 def prelu(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:

@@ -62,10 +62,10 @@ def _scales(
     if value is not None and known is None:
         raise Unsupported("its scales are known at run time only")
     for index, axis in enumerate(axes):
-        given = known is not None and known.size > 0
-        found[axis] = float(known[index]) if given and known is not None else None
-        if found[axis] is None and before[axis] == after[axis]:
-            found[axis] = 1.0
+        if known is not None and known.size:
+            found[axis] = float(known[index])
+        elif before[axis] != after[axis]:
+            found[axis] = None
     return tuple(found)
 
 
