@@ -20,6 +20,7 @@ from onnxcompress.contract import Array
 from onnxcompress.data import Data
 from onnxcompress.errors import InputError, did_you_mean
 from onnxcompress.train.denoise import MedianFilter, SavitzkyGolay
+from onnxcompress.train.samples import LABELS
 
 Smoother = MedianFilter | SavitzkyGolay
 
@@ -27,7 +28,6 @@ NOT_FINITE: Final = "not finite"
 OUTLIER: Final = "outlier"
 DUPLICATE: Final = "duplicate"
 
-_LABELS: Final = "labels"
 _BLOCKS: Final = 32
 _FEWEST: Final = 16
 """Samples below which nothing tells what is usual among them."""
@@ -298,7 +298,7 @@ class _Figures:
         finite = np.ones(size, bool)
         for array in floats.values():
             finite &= np.isfinite(array).all(1)
-        searched = [a for name, a in floats.items() if name != _LABELS and a.shape[1]]
+        searched = [a for name, a in floats.items() if name != LABELS and a.shape[1]]
         clear = [
             np.clip(np.where(finite[:, None], a, 0).astype(np.float64), -_HUGE, _HUGE)
             for a in searched
@@ -308,7 +308,7 @@ class _Figures:
         self._rows.append((np.hstack(brief), np.hstack(detail)))
         self._finite.append(finite)
         if digest:
-            self._note_digests({n: a for n, a in chunk.items() if n != _LABELS}, size)
+            self._note_digests({n: a for n, a in chunk.items() if n != LABELS}, size)
         self.total += size
 
     def table(self) -> Array | None:

@@ -16,7 +16,7 @@ from onnxcompress.data import interface
 from onnxcompress.pipeline import Outcome, run
 from onnxcompress.recipe import Recipe
 from onnxcompress.report import ModelFile, Report, check
-from onnxcompress.train.task import LABELS, TARGET
+from onnxcompress.train.samples import LABELS, TARGET
 from onnxcompress.variants import set_beside, silent, versions
 
 

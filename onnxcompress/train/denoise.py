@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxcompress.contract import Array
 from onnxcompress.errors import InputError, did_you_mean
+from onnxcompress.train.samples import names_of_floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class _Filter:
         for name in self.inputs:
             if name not in batch:
                 raise InputError(f"there is no array {name!r} to smooth{did_you_mean(name, batch)}")
-        floats = [n for n, x in batch.items() if n != "labels" and x.dtype.kind == "f" and x.ndim]
-        changed = {name: self._filtered(name, batch[name]) for name in self.inputs or floats}
+        names = self.inputs or names_of_floats(batch)
+        changed = {name: self._filtered(name, batch[name]) for name in names}
         return {**batch, **changed}
 
     def _filtered(self, name: str, x: Array) -> Array:

@@ -19,7 +19,6 @@ import onnx_ir as ir
 from onnxcompress import schemes
 from onnxcompress.contract import Array
 from onnxcompress.data import Images, interface, open_data
-from onnxcompress.data.arrays import stored_npz
 from onnxcompress.errors import InputError
 from onnxcompress.graph.inference import infer
 from onnxcompress.graph.linear import is_op
@@ -39,17 +38,16 @@ from onnxcompress.train.losses import (
     KullbackLeibler,
     Loss,
     MeanSquared,
+    learns_classes,
 )
 from onnxcompress.train.objective import objective
 from onnxcompress.train.optimizers import Optimizer
-from onnxcompress.train.samples import fixed_batch, open_samples
+from onnxcompress.train.samples import LABELS, TARGET, fixed_batch, from_npz, open_samples
 from onnxcompress.train.schedules import Schedule, warm_up
 from onnxcompress.train.teacher import Precision, Taught, teacher_outputs
 
 TEACHER: Final = "teacher."
 """What names of arrays that hold a teacher's values begin with."""
-_LABELS: Final = "labels"
-_TARGET: Final = "target"
 _NONE: Final = -1
 
 
@@ -136,14 +134,15 @@ def distill(
     chosen = tuple(losses) if losses is not None else _losses(
         told, model, pool, temperature, label_weight, features
     )  # fmt: skip
-    targets = _targets(model, chosen)
+    read = objective(model, chosen, ()).targets
+    targets = {name: name.removeprefix(TEACHER) for name in read if name.startswith(TEACHER)}
     options: dict[str, Any] = {"cache": cache, "precision": precision, "executor": executor}
     held = None
     if evaluate is not None:
         held = _beside(_pooled(evaluate, None, told, model, images), told, targets, options, None)
-        monitor = monitor or ("accuracy" if _known(held) and _hits(chosen) else "loss")
+        monitor = monitor or ("accuracy" if _known(held) and learns_classes(chosen) else "loss")
     pool = _beside(pool, told, targets, options, asking)
-    _check(model, pool, targets, chosen)
+    _check(pool, targets, read)
     trained = train(
         model,
         pool,
@@ -170,7 +169,7 @@ def distill(
         trained.history,
         chosen,
         size,
-        _known(pool) if _hits(chosen) else 0,
+        _known(pool) if learns_classes(chosen) else 0,
     )
 
 
@@ -187,14 +186,14 @@ def _pooled(
         name: np.concatenate([first[name], more[name]]) if np.ndim(first[name]) else first[name]
         for name in dict.fromkeys(names)
     }
-    if _TARGET in first or np.asarray(first.get(_LABELS, 0)).dtype.kind == "f":
+    if TARGET in first or np.asarray(first.get(LABELS, 0)).dtype.kind == "f":
         raise InputError("labels that are no classes go with samples that all have them: "
                          "leave unlabelled out, or the labels")  # fmt: skip
-    if _LABELS in first:
-        labels = np.asarray(first[_LABELS])
+    if LABELS in first:
+        labels = np.asarray(first[LABELS])
         count = open_samples(more, interface(teacher), ()).size
         rest = np.full((count, *labels.shape[1:]), _NONE, labels.dtype)
-        pool[_LABELS] = np.concatenate([labels, rest])
+        pool[LABELS] = np.concatenate([labels, rest])
     return pool
 
 
@@ -206,14 +205,13 @@ def _columns(
     Raises:
         InputError: if an input of either model is not among them.
     """
-    path = Path(source) if isinstance(source, str | Path) else None
     if isinstance(source, Mapping):
         found = dict(cast("Mapping[str, Any]", source))
-    elif path is not None and path.suffix.lower() == ".npz" and path.is_file():
-        found = dict[str, Any](stored_npz(path))
+    elif (stored := from_npz(source)) is not None:
+        found = dict[str, Any](stored)
     else:
         opened = open_data(source, interface(teacher), images=images)
-        extras = [] if opened.labels is None else [_LABELS]
+        extras = [] if opened.labels is None else [LABELS]
         samples = open_samples(opened, interface(teacher), extras)
         found = next(samples.stretches(samples.size))
     for title, model in (("teacher", teacher), ("student", student)):
@@ -223,8 +221,8 @@ def _columns(
                     f"the {title} takes {port.name!r}, which the data has not: teacher and student "
                     "must take the same inputs, or the data have those of both"
                 )
-    if _LABELS in found and np.asarray(found[_LABELS]).dtype.kind in "iub":
-        found[_LABELS] = np.asarray(found[_LABELS]).astype(np.int64)
+    if LABELS in found and np.asarray(found[LABELS]).dtype.kind in "iub":
+        found[LABELS] = np.asarray(found[LABELS]).astype(np.int64)
     return found
 
 
@@ -245,17 +243,17 @@ def _losses(
         (output, scores), (wanted, _) = before_softmax(ours), before_softmax(theirs)
         _compare(output, wanted)
         name, target = output.name or "", f"{TEACHER}{wanted.name}"
-        if scores and _TARGET not in pool:
+        if scores and TARGET not in pool:
             found.append(KullbackLeibler(name, target, temperature))
             classes = classes or name
         else:
             found.append(MeanSquared(name, target))
         values.append(ours.name or "")
-    labels = pool.get(_LABELS)
+    labels = pool.get(LABELS)
     if labels is not None and label_weight and classes and np.asarray(labels).dtype.kind != "f":
         found.append(CrossEntropy(classes, weight=label_weight))
-    elif _TARGET in pool and label_weight:
-        found.append(MeanSquared(values[0], _TARGET, weight=label_weight))
+    elif TARGET in pool and label_weight:
+        found.append(MeanSquared(values[0], TARGET, weight=label_weight))
     pairs = features.items() if isinstance(features, Mapping) else [(n, n) for n in features]
     if pairs:
         found.append(FeatureMatch(tuple((ours, f"{TEACHER}{theirs}") for ours, theirs in pairs)))
@@ -326,12 +324,6 @@ def _compare(ours: ir.Value, theirs: ir.Value) -> None:
         )
 
 
-def _targets(model: ir.Model, losses: Sequence[Loss]) -> dict[str, str]:
-    """The teacher's values that losses read, by the names of the arrays that hold them."""
-    names = objective(model, losses, ()).targets
-    return {name: name.removeprefix(TEACHER) for name in names if name.startswith(TEACHER)}
-
-
 def _beside(
     pool: dict[str, Any],
     teacher: ir.Model,
@@ -340,9 +332,9 @@ def _beside(
     asking: Asking | None,
 ) -> dict[str, Any]:
     """The samples with what the teacher says of them."""
-    if _LABELS not in pool:
+    if LABELS not in pool:
         size = open_samples(pool, interface(teacher), ()).size
-        pool = {**pool, _LABELS: np.full(size, _NONE, np.int64)}
+        pool = {**pool, LABELS: np.full(size, _NONE, np.int64)}
     if not targets:
         return pool
     values = list(dict.fromkeys(targets.values()))
@@ -355,14 +347,13 @@ def _beside(
 
 
 def _check(
-    model: ir.Model, pool: Mapping[str, Any], targets: Mapping[str, str], losses: Sequence[Loss]
+    pool: Mapping[str, Any], targets: Mapping[str, str], wanted: Mapping[str, ir.Value]
 ) -> None:
     """See that what the teacher gave has the shapes that the losses expect.
 
     Raises:
         InputError: if not.
     """
-    wanted = objective(model, losses, ()).targets
     for target, value in targets.items():
         shape, given = list(wanted[target].shape or ()), pool[target].shape
         fixed = [(a, b) for a, b in zip(shape[1:], given[1:], strict=False) if isinstance(a, int)]
@@ -382,11 +373,7 @@ def _taught(
     return (*augment, Taught(Session(teacher, outputs=values), targets))
 
 
-def _hits(losses: Sequence[Loss]) -> bool:
-    return any(isinstance(loss, CrossEntropy) for loss in losses)
-
-
 def _known(pool: Mapping[str, Any]) -> int:
     """How many samples have labels."""
-    labels = np.asarray(pool[_LABELS])
+    labels = np.asarray(pool[LABELS])
     return int((labels >= 0).any(axis=tuple(range(1, labels.ndim))).sum())

@@ -16,6 +16,7 @@ from onnxcompress.data import Data, interface, open_data
 from onnxcompress.errors import InputError
 from onnxcompress.graph.linear import is_op
 from onnxcompress.session import Session
+from onnxcompress.train.augment import one_hot
 from onnxcompress.train.heads import Head, features, find_head, replace_head, set_head
 
 _BATCH = 64
@@ -148,7 +149,7 @@ def _targets(labels: Array | None, classes: int | None) -> Array:
     most = int(labels.max(initial=-1)) + 1
     if most == 0 or (classes or most) < most:
         raise InputError(f"labels name class {most - 1} but a head of {classes} outputs has not")
-    targets = (labels[:, None] == np.arange(classes or most)).astype(np.float64)
+    targets = one_hot(labels, classes or most)
     targets[labels < 0] = np.nan
     return targets
 

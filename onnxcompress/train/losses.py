@@ -37,6 +37,11 @@ class Loss(Protocol):
         ...
 
 
+def learns_classes(losses: Sequence[Loss]) -> bool:
+    """Whether one of them holds scores against labels."""
+    return any(isinstance(loss, CrossEntropy) for loss in losses)
+
+
 class Terms:
     """What losses read, and the tape that they are written on."""
 
@@ -110,11 +115,14 @@ class Terms:
         """`value` kept from being so small that dividing by it overflows."""
         return self.tape.op("Max", [value, self.number(bound)])
 
+    def each(self, value: ir.Value) -> ir.Value:
+        """The sum over all axes but the first: float32 [n]."""
+        axes = range(1, len(dims_of(value) or ()))
+        return self.sum(value, *axes) if axes else value
+
     def norms(self, value: ir.Value) -> ir.Value:
         """The sum of squares over all axes but the first: float32 [n]."""
-        square = self.tape.op("Mul", [value, value], like=value)
-        axes = range(1, len(dims_of(value) or ()))
-        return self.sum(square, *axes) if axes else square
+        return self.each(self.tape.op("Mul", [value, value], like=value))
 
 
 @dataclass(frozen=True)
@@ -268,9 +276,7 @@ class Cosine:
     def emit(self, terms: Terms) -> ir.Value:
         tape, value = terms.tape, terms.value(self.output)
         target = terms.like(self.target, value)
-        axes = range(1, len(dims_of(value) or ()))
-        product = tape.op("Mul", [value, target], like=value)
-        dot = terms.sum(product, *axes) if axes else product
+        dot = terms.each(tape.op("Mul", [value, target], like=value))
         power = tape.op("Mul", [terms.norms(value), terms.norms(target)])
         cosine = tape.op("Div", [dot, tape.op("Sqrt", [terms.at_least(power, _TINY)])])
         return tape.op("Sub", [terms.number(1.0), terms.mean(cosine)])

@@ -37,13 +37,12 @@ from onnxcompress.train.compression import compress_trained
 from onnxcompress.train.distill import distill, to_train
 from onnxcompress.train.history import History
 from onnxcompress.train.kept import KEY, SETTINGS, Kept, take_kept
-from onnxcompress.train.losses import CrossEntropy, Loss
+from onnxcompress.train.losses import Loss, learns_classes
 from onnxcompress.train.optimizers import Optimizer
-from onnxcompress.train.samples import Samples, fixed_batch
+from onnxcompress.train.samples import LABELS, Samples, fixed_batch
 from onnxcompress.train.schedules import Schedule
 from onnxcompress.train.students import derive, is_spec
 from onnxcompress.train.task import (
-    LABELS,
     Task,
     as_task,
     default_losses,
@@ -431,7 +430,7 @@ class Model:
         tags: Any = import_module("sklearn.utils")
         losses = _losses(self.loss)
         if losses is not None:
-            sorts = any(isinstance(loss, CrossEntropy) for loss in losses)
+            sorts = learns_classes(losses)
         else:
             path = isinstance(self.student, str) and is_spec(self.student)
             model = self.teacher if path else self.student

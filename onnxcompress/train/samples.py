@@ -9,18 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 
 from onnxcompress.contract import Array
 from onnxcompress.data import Data, Images, Port, open_data
 from onnxcompress.data import batchable as _batchable
-from onnxcompress.data.arrays import opened, stored_npz
+from onnxcompress.data.arrays import StoredArray, opened, stored_npz
 from onnxcompress.data.sources import from_columns
 from onnxcompress.errors import InputError
 from onnxcompress.train.parameters import aligned
 
+LABELS: Final = "labels"
+"""The array of classes beside a model's inputs."""
+TARGET: Final = "target"
+"""The array of values beside them."""
 _ENOUGH = 64
 """Samples whose content tells data sets apart."""
 _READ = 256
@@ -97,9 +101,8 @@ def open_samples(
         shown = ", ".join(f"{port.name!r} {port.describe()}" for port in ports)
         raise InputError(f"the model cannot be trained in batches: its inputs {shown} have no "
                          "first axis for the samples in common")  # fmt: skip
-    path = Path(source) if isinstance(source, str | Path) else None
-    if path is not None and path.suffix.lower() == ".npz" and path.is_file():
-        arrays, where = stored_npz(path), str(path)
+    if (stored := from_npz(source)) is not None:
+        arrays, where = stored, str(Path(source))
     elif isinstance(source, Mapping):
         arrays = cast("Mapping[str, Any]", source)
     else:
@@ -110,6 +113,14 @@ def open_samples(
     from_columns(own, ports, where)
     columns = {p.name: _rows(p, own[p.name]) for p in ports}
     return Samples(columns | {name: opened(arrays[name]) for name in extras}, where)
+
+
+def from_npz(source: Any) -> dict[str, StoredArray] | None:
+    """The arrays of an `.npz`, where they lie; None where the source is something else."""
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is None or path.suffix.lower() != ".npz" or not path.is_file():
+        return None
+    return stored_npz(path)
 
 
 def fixed_batch(ports: Sequence[Port]) -> int | None:
@@ -141,4 +152,9 @@ def _read_all(data: Data) -> tuple[dict[str, Any], str]:
         n: np.concatenate([feed[n] for feed in feeds]) if feeds[0][n].ndim else feeds[0][n]
         for n in names
     }
-    return arrays | ({} if labels is None else {"labels": labels}), data.where
+    return arrays | ({} if labels is None else {LABELS: labels}), data.where
+
+
+def names_of_floats(arrays: Mapping[str, Array]) -> list[str]:
+    """Arrays of floating point that have samples, but labels."""
+    return [n for n, a in arrays.items() if n != LABELS and a.ndim and a.dtype.kind == "f"]

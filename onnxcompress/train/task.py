@@ -9,25 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Array
 from onnxcompress.data import Port, interface, open_data
-from onnxcompress.data.arrays import stored_npz
 from onnxcompress.data.ports import convert
 from onnxcompress.errors import InputError
 from onnxcompress.graph.inference import infer
 from onnxcompress.graph.linear import is_op
 from onnxcompress.train.distill import before_softmax
-from onnxcompress.train.losses import CrossEntropy, Loss, MeanSquared
-from onnxcompress.train.samples import open_samples
-
-LABELS: Final = "labels"
-TARGET: Final = "target"
+from onnxcompress.train.losses import CrossEntropy, Loss, MeanSquared, learns_classes
+from onnxcompress.train.samples import LABELS, TARGET, from_npz, open_samples
 
 
 def read(
@@ -44,9 +39,8 @@ def read(
     Raises:
         InputError: if it does not suit the model; `where` opens the sentence.
     """
-    path = Path(source) if isinstance(source, str | Path) else None
-    if path is not None and path.suffix.lower() == ".npz" and path.is_file():
-        source = dict[str, Any](stored_npz(path))
+    if (stored := from_npz(source)) is not None:
+        source = stored
     elif is_array(source):
         if len(ports) != 1:
             names = ", ".join(repr(port.name) for port in ports)
@@ -173,7 +167,7 @@ def as_task(
     found = np.asarray(answers)
     learn_classes = scores and found.dtype.kind != "f"
     if losses is not None:
-        learn_classes = any(isinstance(loss, CrossEntropy) for loss in losses)
+        learn_classes = learns_classes(losses)
     if learn_classes:
         shape = [] if value.shape is None else list(value.shape)
         count = shape[-1] if shape and isinstance(shape[-1], int) else None
