@@ -14,7 +14,7 @@ from onnxcompress import targets
 from onnxcompress.contract import Pass, Result, Skip
 from onnxcompress.graph.placement import matches
 from onnxcompress.graph.quantized_weights import WeightStore
-from onnxcompress.graph.rewriting import become, insert
+from onnxcompress.graph.rewriting import become
 from onnxcompress.numerics.rows import row_bounds, row_sqnr
 from onnxcompress.operators import (
     DEFAULT_DOMAINS,
@@ -164,11 +164,8 @@ class _Rewrite:
         if bias is None:
             become(node, "Mul", operands)
             return
-        if (beta := float_attribute(node, "beta", 1.0)) != 1:
-            name = f"{node.outputs[0].name}_beta"
-            factor = self.store.initializer(name, np.asarray(beta, np.float32))
-            bias = self._insert(node, "Mul", [bias, factor])
-        product = self._insert(node, "Mul", operands)
+        bias = self.store.scaled_bias(node, bias)
+        product = self.store.before(node, "Mul", operands)
         product.shape = node.outputs[0].shape
         become(node, "Add", [product, bias])
 
@@ -178,11 +175,11 @@ class _Rewrite:
         """The operands of the Mul that gives data times weight."""
         self.products += 1
         codes, scale, zero_point = self._quantized(node, data)
-        integers = self._insert(
+        integers = self.store.before(
             node, "MatMulInteger", [codes, weight, zero_point], dtype=ir.DataType.INT32
         )
-        floats = self._insert(node, "Cast", [integers], {"to": ir.DataType.FLOAT.value})
-        return [floats, self._insert(node, "Mul", [scale, scales])]
+        floats = self.store.before(node, "Cast", [integers], {"to": ir.DataType.FLOAT.value})
+        return [floats, self.store.before(node, "Mul", [scale, scales])]
 
     def _quantized(self, node: ir.Node, data: ir.Value) -> Sequence[ir.Value]:
         """Codes, scale and zero_point of the node's data, made before its first reader."""
@@ -191,7 +188,7 @@ class _Rewrite:
         key = (data, node.graph, transposed)
         if key not in self._dynamic:
             if transposed:
-                data = self._insert(node, "Transpose", [data], {"perm": [1, 0]})
+                data = self.store.before(node, "Transpose", [data], {"perm": [1, 0]})
             quantizer = ir.node("DynamicQuantizeLinear", [data], num_outputs=3)
             kinds = (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
             parts = zip(quantizer.outputs, ("quantized", "scale", "zero_point"), kinds, strict=True)
@@ -220,22 +217,10 @@ class _Rewrite:
         self.tables += 1
         table, indices = _operands(node)
         codes, scales = self.store.table(table)
-        rows = self._insert(node, "Gather", [codes, indices], dtype=ir.DataType.INT8)
-        scale = self._insert(node, "Gather", [scales, indices])
-        floats = self._insert(node, "Cast", [rows], {"to": ir.DataType.FLOAT.value})
+        rows = self.store.before(node, "Gather", [codes, indices], dtype=ir.DataType.INT8)
+        scale = self.store.before(node, "Gather", [scales, indices])
+        floats = self.store.before(node, "Cast", [rows], {"to": ir.DataType.FLOAT.value})
         become(node, "Mul", [floats, scale])
-
-    def _insert(
-        self,
-        node: ir.Node,
-        op_type: str,
-        inputs: Sequence[ir.Value],
-        attributes: Mapping[str, int | Sequence[int]] | None = None,
-        dtype: ir.DataType = ir.DataType.FLOAT,
-    ) -> ir.Value:
-        """The output of a new node before `node`."""
-        name = self.store.fresh(f"{node.outputs[0].name}_{op_type}")
-        return insert(node, op_type, inputs, name, attributes, dtype)
 
 
 def _skip(node: ir.Node, reason: str) -> Skip:

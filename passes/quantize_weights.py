@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
@@ -16,7 +16,7 @@ from onnxcompress.errors import InputError
 from onnxcompress.graph.block_weights import BlockStore, BlockWeight
 from onnxcompress.graph.placement import matches
 from onnxcompress.graph.quantized_weights import WeightStore
-from onnxcompress.graph.rewriting import become, insert
+from onnxcompress.graph.rewriting import become
 from onnxcompress.operators import (
     DEFAULT_DOMAINS,
     Role,
@@ -194,7 +194,7 @@ class _Rewrite:
         data = node.inputs[0]
         assert data is not None
         if node.op_type == "Gemm" and int_attribute(node, "transA", 0):
-            data = self._insert(node, "Transpose", [data], {"perm": [1, 0]})
+            data = self.store.before(node, "Transpose", [data], {"perm": [1, 0]})
         inputs = [data, *parts]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None and beta == 1 and _is_vector(bias, weight.shape[0]):
@@ -205,13 +205,9 @@ class _Rewrite:
         if bias is None:
             become(node, _MATRIX, inputs, _integers(attributes), domain=_CONTRIB)
             return
-        product = self._insert(node, _MATRIX, inputs, attributes, domain=_CONTRIB)
+        product = self.store.before(node, _MATRIX, inputs, attributes, domain=_CONTRIB)
         product.shape = node.outputs[0].shape
-        if beta != 1:
-            name = f"{node.outputs[0].name}_beta"
-            factor = self.store.initializer(name, np.asarray(beta, np.float32))
-            bias = self._insert(node, "Mul", [bias, factor])
-        become(node, "Add", [product, bias])
+        become(node, "Add", [product, self.store.scaled_bias(node, bias)])
 
     def _lookup(self, node: ir.Node, weight: BlockWeight) -> None:
         row = 1 << max(4, (weight.shape[-1] - 1).bit_length())
@@ -221,18 +217,6 @@ class _Rewrite:
         attributes["bits"] = self.options.bits
         inputs = [codes, node.inputs[1], *parameters]
         become(node, _TABLE, inputs, _integers(attributes), domain=_CONTRIB)
-
-    def _insert(
-        self,
-        node: ir.Node,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        attributes: Mapping[str, int | Sequence[int]] | None = None,
-        *,
-        domain: str = "",
-    ) -> ir.Value:
-        name = self.store.fresh(f"{node.outputs[0].name}_{op_type}")
-        return insert(node, op_type, inputs, name, attributes, domain=domain)
 
 
 def _nodes(graph: ir.Graph | ir.Function) -> Iterator[ir.Node]:

@@ -25,6 +25,7 @@ from onnxcompress.operators import (
     constant,
     constant_tensor,
     data_inputs,
+    float_attribute,
     int_attribute,
     operator,
     out_axis,
@@ -279,6 +280,28 @@ class WeightStore:
         )
         restored.shape = stored.shape
         return restored
+
+    def before(
+        self,
+        node: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, int | Sequence[int]] | None = None,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        *,
+        domain: str = "",
+    ) -> ir.Value:
+        """The output of a new node before `node`, named after what that gives out."""
+        name = self.fresh(f"{node.outputs[0].name}_{op_type}")
+        return insert(node, op_type, inputs, name, attributes, dtype, domain=domain)
+
+    def scaled_bias(self, node: ir.Node, bias: ir.Value) -> ir.Value:
+        """The bias of a Gemm times its beta, computed before it."""
+        beta = float_attribute(node, "beta", 1.0)
+        if beta == 1:
+            return bias
+        factor = self.initializer(f"{node.outputs[0].name}_beta", np.asarray(beta, np.float32))
+        return self.before(node, "Mul", [bias, factor])
 
     def before_all(
         self,
