@@ -157,3 +157,20 @@ def test_pruned_models_are_taught_what_they_lost(capsys: pytest.CaptureFixture[s
     row = next(line for line in lines if line.startswith("| segment_tabular | 0.95")).split(" | ")
     whole, pruned, taught = (float(cell.split()[0]) for cell in row[3:6])
     assert pruned < taught < whole
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_training_step_is_held_against_pytorch_where_that_is_installed(
+    installed: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if installed:
+        pytest.importorskip("torch")
+    else:
+        monkeypatch.setitem(sys.modules, "torch", None)
+    main(["--quick", "--only", "train_step", "digits"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| digits |")]
+    assert len(rows) == installed
+    for _, ours, theirs, ratio in rows:
+        assert float(ratio) == pytest.approx(float(ours) / float(theirs), rel=0.2)
+    assert ("nothing to compare with" in "\n".join(lines)) == (not installed)

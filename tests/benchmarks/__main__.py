@@ -14,7 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.benchmarks import ablation, compare, corpus, cost, distillation, growth, ladder, thorough
+from tests.benchmarks import (
+    ablation,
+    compare,
+    corpus,
+    cost,
+    distillation,
+    growth,
+    ladder,
+    thorough,
+    train_step,
+)
 from tests.benchmarks.cases import Setting
 from tests.benchmarks.job import ROOT
 
@@ -25,6 +35,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Setting], Iterator[str]]]] = {
     "cost": ("What calibration and the whole job cost", cost.tables),
     "thorough": ("What compensation costs beside plain inference", thorough.tables),
     "growth": ("How cost grows with nodes and weights", growth.tables),
+    "train_step": ("A training step beside PyTorch's", train_step.tables),
     "distillation": ("What a teacher is worth to a student", distillation.tables),
     "corpus": ("Exact passes on the models of the onnx wheel", corpus.tables),
 }

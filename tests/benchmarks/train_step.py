@@ -1,4 +1,4 @@
-"""A training step beside PyTorch's, in turns: python -m tests.benchmarks.train_step.
+"""A training step beside PyTorch's, in turns.
 
 Forward, loss, backward and SGD with momentum, on the same model and batch. PyTorch is needed for
 the comparison alone: without it there is nothing to say.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,11 @@ from onnxcompress.train.losses import CrossEntropy
 from onnxcompress.train.optimizers import SGD
 from onnxcompress.train.parameters import trainable_weights
 from onnxcompress.train.step import Step
+from tests.benchmarks.cases import Setting
 from tests.benchmarks.table import Goal, goals, table
 
 _LR = 1e-3
+_ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ class Case:
     bound: float
 
 
-def tables(rounds: int = 15, only: Sequence[str] = ()) -> Iterator[str]:
-    """Milliseconds of a step, the best of `rounds` taken in turns, and what was wanted."""
+def tables(setting: Setting) -> Iterator[str]:
+    """Milliseconds of a step, the best of those taken in turns, and what was wanted."""
     if importlib.util.find_spec("torch") is None:
         yield "PyTorch is not installed: there is nothing to compare with."
+        yield ""
         return
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -49,8 +52,8 @@ def tables(rounds: int = 15, only: Sequence[str] = ()) -> Iterator[str]:
     found: list[Goal] = []
     rows: list[list[str]] = []
     for case in CASES:
-        if not only or case.name in only:
-            ours, theirs = _measure(torch, case, rounds)
+        if not setting.only or case.name in setting.only:
+            ours, theirs = _measure(torch, case, 1 if setting.quick else _ROUNDS)
             rows.append([case.name, f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f}"])
             what = f"{case.name}, share of PyTorch's time"
             found.append(Goal(what=what, figure=ours / theirs, bound=case.bound))
@@ -210,8 +213,3 @@ CASES = (
     Case("mobilenetv2_035", _mobilenet, (16, 3, 96, 96), 10, 1.2),
     Case("minilm_layers", _transformer, (8, 128, 384), 10, 0.85),
 )
-
-
-if __name__ == "__main__":
-    for line in tables():
-        print(line, flush=True)
