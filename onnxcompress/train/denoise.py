@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from onnxcompress.train.samples import names_of_floats
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Filter:
+class _Filter(ABC):
     """A filter of an odd number of positions along an axis.
 
     Attributes:
@@ -52,9 +53,9 @@ class _Filter:
         lines = np.moveaxis(x, self.axis, -1)
         return np.moveaxis(self.along(lines).astype(x.dtype, copy=False), -1, self.axis)
 
+    @abstractmethod
     def along(self, x: Array) -> Array:
         """`x` filtered along its last axis, with as many positions."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
