@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnxcompress.contract import Skip
 from onnxcompress.graph.quantized_weights import dequantizer_of
 from onnxcompress.numerics.affine import affine, dequantize, quantize
+from onnxcompress.numerics.fidelity import Fidelity
 from onnxcompress.operators import (
     DEFAULT_DOMAINS,
     constant,
@@ -314,10 +315,9 @@ def _refuse_constants(node: ir.Node, target: Target) -> str | None:
             return "a constant operand is not finite float32"
         low, high = float(array.min()), float(array.max())
         parameters = affine(low, high, scheme.dtype, symmetric=scheme.symmetric)
-        restored = dequantize(quantize(array, parameters), parameters)
-        noise = float(np.square(restored - array, dtype=np.float64).sum())
-        power = float(np.square(array, dtype=np.float64).sum())
-        if power < noise * 10 ** (_LEAST_CONSTANT_SQNR / 10):
+        fidelity = Fidelity()
+        fidelity.update(array, dequantize(quantize(array, parameters), parameters))
+        if fidelity.sqnr < _LEAST_CONSTANT_SQNR:
             return "its constant operand does not fit one scale a tensor"
     return None
 
