@@ -14,7 +14,7 @@ from onnxcompress.contract import Array, CalibratedPass, Histogram, Kind, Result
 from onnxcompress.errors import InputError
 from onnxcompress.graph.placement import Placement, kernel_outputs, matches, place
 from onnxcompress.graph.quantized_weights import WeightStore
-from onnxcompress.graph.tied_scales import tie
+from onnxcompress.graph.tied_scales import fixed_range, tie
 from onnxcompress.numerics.affine import FLOAT8, RANGES, Affine, affine, even
 from onnxcompress.numerics.thresholds import clip_range
 from onnxcompress.operators import averaged, data_inputs, output_range, slope
@@ -145,9 +145,8 @@ class InsertQdq(CalibratedPass):
     def _parameters(self, value: ir.Value, histogram: Histogram) -> Affine:
         target = self._target()
         scheme, producer = target.activations, value.producer()
-        kernel = None if producer is None else target.kernels.get(producer.op_type)
-        if kernel is not None and kernel.fixed is not None:
-            return even(*kernel.fixed, scheme.dtype)
+        if (fixed := fixed_range(value, target)) is not None:
+            return even(*fixed, scheme.dtype)
         qmin, qmax = RANGES[scheme.dtype]
         whole = self.method == "mse" and scheme.dtype in FLOAT8
         low, high = clip_range(

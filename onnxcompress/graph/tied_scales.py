@@ -33,13 +33,14 @@ def tie(plan: Placement, target: Target, parameters: dict[ir.Value, Affine]) -> 
         values = (*read, *(v for v in kernel_outputs(node, target) if v in plan.roots))
         group = list(dict.fromkeys(v for value in values for v in member.get(value, [value])))
         member.update(dict.fromkeys(group, group))
-        parameters.update((v, shared) for v in group if not _is_fixed(v, target))
+        parameters.update((v, shared) for v in group if fixed_range(v, target) is None)
 
 
-def _is_fixed(value: ir.Value, target: Target) -> bool:
+def fixed_range(value: ir.Value, target: Target) -> tuple[float, float] | None:
+    """The range that the target prescribes for what makes `value`; None where it is free."""
     producer = value.producer()
     kernel = None if producer is None else target.kernels.get(producer.op_type)
-    return kernel is not None and kernel.fixed is not None
+    return None if kernel is None else kernel.fixed
 
 
 def _cover(sources: list[Affine], target: Target) -> Affine | None:
