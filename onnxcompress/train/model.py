@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, Self, cast, get_args
+from typing import Any, Self, cast, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -39,7 +39,8 @@ from onnxcompress.train.history import History
 from onnxcompress.train.kept import KEY, SETTINGS, Kept, take_kept
 from onnxcompress.train.losses import Loss, learns_classes
 from onnxcompress.train.optimizers import Optimizer
-from onnxcompress.train.samples import LABELS, Samples, fixed_batch
+from onnxcompress.train.predict import outputs_of
+from onnxcompress.train.samples import LABELS, Samples
 from onnxcompress.train.schedules import Schedule
 from onnxcompress.train.students import derive, is_spec
 from onnxcompress.train.task import (
@@ -51,10 +52,6 @@ from onnxcompress.train.task import (
     read_both,
     unlearned,
 )
-from onnxcompress.train.teacher import filled
-
-_ROWS: Final = 256
-"""Samples that are run at a time where the model leaves that free."""
 
 
 class Model:
@@ -409,16 +406,8 @@ class Model:
         model = self.model
         ports = interface(model)
         samples = Samples(read(X, ports, "X"), "X")
-        session = self._session = self._session or Session(model, threads=self.threads)
-        size = fixed_batch(ports) or _ROWS
-        found: dict[str, list[Array]] = {name: [] for name in session.outputs}
-        for feed in samples.stretches(size):
-            rows = max(len(array) for array in feed.values() if array.ndim)
-            feed = {port.name: feed[port.name] for port in ports}
-            given = session.run(filled(feed, size) if fixed_batch(ports) else feed)
-            for name, array in given.items():
-                found[name].append(_rows(name, array, rows))
-        return {name: np.concatenate(arrays) for name, arrays in found.items()}
+        self._session = self._session or Session(model, threads=self.threads)
+        return outputs_of(self._session, ports, samples)
 
     def __sklearn_clone__(self) -> Self:
         return type(self)(**self.get_params())
@@ -471,11 +460,3 @@ def _losses(loss: Loss | Sequence[Loss] | None) -> tuple[Loss, ...] | None:
     if loss is None:
         return None
     return tuple(loss) if isinstance(loss, list | tuple) else (cast("Loss", loss),)
-
-
-def _rows(name: str, array: Array, rows: int) -> Array:
-    """The output without what fills the model's batch."""
-    if not array.ndim or len(array) < rows:
-        raise InputError(f"the output {name!r} is {list(array.shape)} for {rows} samples: they are "
-                         "not on its first axis, so run the model in a Session")  # fmt: skip
-    return array[:rows]
