@@ -141,18 +141,24 @@ def apply(pass_: Pass, proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Result]
     return ir.to_proto(result.model), result
 
 
+def apply_twice(pass_: Pass, proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Result]:
+    """Rewrite `proto`; assert that the interface stays, and that a second run is idle."""
+    after, result = apply(pass_, proto)
+    assert list(after.graph.input) == list(proto.graph.input)
+    assert list(after.graph.output) == list(proto.graph.output)
+    again, second = apply(pass_, after)
+    assert not second.modified and again == after
+    return after, result
+
+
 def check_exact(
     pass_: Pass, proto: onnx.ModelProto, *, rtol: float = 1e-5, feed: Any = None
 ) -> tuple[onnx.ModelProto, Result]:
     """Rewrite `proto`; assert that outputs and interface stay, and that a second run is idle."""
     plain = ir.to_proto(ir.from_proto(proto)).SerializeToString()
-    after, result = apply(pass_, proto)
+    after, result = apply_twice(pass_, proto)
     assert result.modified == (after.SerializeToString() != plain)
-    assert list(after.graph.input) == list(proto.graph.input)
-    assert list(after.graph.output) == list(proto.graph.output)
     assert list(after.opset_import) == list(proto.opset_import)
-    again, second = apply(pass_, after)
-    assert not second.modified and again == after
     feed = random_feed(proto) if feed is None else feed
     for expected, actual in zip(run(proto, feed), run(after, feed), strict=True):
         assert_close(actual, expected, rtol)

@@ -23,7 +23,7 @@ from onnxcompress.graph.quantized_weights import WeightStore
 from onnxcompress.numerics.saturation import largest_pair_sum
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
 from onnxcompress.session import Session, optimized_model
-from tests.passes.exactness import Net, apply, count, random_feed, run
+from tests.passes.exactness import Net, apply, apply_twice, count, random_feed, run
 
 PASS = QuantizeDynamic(min_elements=0)
 ZOO = Path(__file__).parents[3] / "shared" / "zoo"
@@ -40,13 +40,9 @@ def check(
 
     Returns the model, the pass's result, and the operators that ONNX Runtime makes of it.
     """
-    after, result = apply(pass_, proto)
+    after, result = apply_twice(pass_, proto)
     onnx.checker.check_model(after, full_check=True)
     assert result.modified
-    assert list(after.graph.input) == list(proto.graph.input)
-    assert list(after.graph.output) == list(proto.graph.output)
-    again, second = apply(pass_, after)
-    assert not second.modified and again == after
     feed = random_feed(proto) if feed is None else feed
     fused = Session(ir.from_proto(after)).run(feed)
     outputs = zip(run(proto, feed), run(after, feed), fused.values(), strict=True)
