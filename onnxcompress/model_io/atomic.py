@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -94,10 +94,22 @@ def write_file(path: Path, content: bytes) -> None:
     """
     with Draft(path.parent) as draft:
         draft.write(content)
+        publish({path: draft})
+
+
+def publish(drafts: Mapping[Path, Draft]) -> None:
+    """Give drafts of one folder, now written, their names, all of it lasting.
+
+    Raises:
+        OSError: as the system has it.
+    """
+    for draft in drafts.values():
         draft.flush()
-        with locked(path.parent):
+    folder = next(iter(drafts)).parent
+    with locked(folder):
+        for path, draft in drafts.items():
             draft.publish(path)
-        sync(path.parent)
+    sync(folder)
 
 
 @contextmanager

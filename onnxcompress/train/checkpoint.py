@@ -23,7 +23,7 @@ from numpy.lib import format as npy
 from onnxcompress.contract import Array
 from onnxcompress.data.arrays import stored_npz
 from onnxcompress.errors import InputError
-from onnxcompress.model_io.atomic import Draft, locked, sync
+from onnxcompress.model_io.atomic import Draft, publish
 from onnxcompress.train.history import History
 
 _SCHEMA: Final = 1
@@ -163,7 +163,4 @@ def _write(path: Path, arrays: Mapping[str, Array]) -> None:
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     npy.write_array(member, np.asarray(array), allow_pickle=False)
-        draft.flush()
-        with locked(path.parent):
-            draft.publish(path)
-        sync(path.parent)
+        publish({path: draft})

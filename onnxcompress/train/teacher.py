@@ -29,7 +29,7 @@ from onnxcompress.contract import Array
 from onnxcompress.data import Images, interface
 from onnxcompress.data.arrays import StoredArray, stored_npy
 from onnxcompress.errors import InputError
-from onnxcompress.model_io.atomic import Draft, locked, sync
+from onnxcompress.model_io.atomic import Draft, publish
 from onnxcompress.observe import Progress
 from onnxcompress.session import Session
 from onnxcompress.train.checkpoint import model_digest
@@ -271,12 +271,7 @@ def _write(run: _Run, paths: Mapping[str, Path]) -> None:
                     drafts[name].write(_header(array, run.samples.size))
                 drafts[name].write(array.tobytes())
             begun = True
-        for draft in drafts.values():
-            draft.flush()
-        with locked(folder):
-            for name, draft in drafts.items():
-                draft.publish(paths[name])
-        sync(folder)
+        publish({paths[name]: draft for name, draft in drafts.items()})
 
 
 def _header(array: Array, samples: int) -> bytes:
