@@ -172,7 +172,7 @@ class Job:
         name = f"{best.scheme}, large products in 4 bits"
         return (name, kinds[best.scheme](self.target, packed=packed)) if packed else None
 
-    def attempt(self, name: str, passes: Passes) -> None:
+    def attempt(self, name: str, passes: Passes) -> Variant | None:
         """Make a variant and measure it beside the original; a model it cannot make is noted."""
         data = self.calibration
         progress = self.stage(f"{name}: rewriting")
@@ -180,7 +180,8 @@ class Job:
         with self._noted(name):
             with self.timed(f"{name}: passes"):
                 outcome = run(self.model, passes, observer=watch)
-            self._measure(name, outcome)
+            return self._measure(name, outcome)
+        return None
 
     @contextmanager
     def _noted(self, name: str) -> Generator[None]:
@@ -209,19 +210,20 @@ class Job:
         held = self.variants[-1].report.gates if self.variants else ()
         self.budget.check(held, classes=self.classes)
 
-    def widen(self, effort: schemes.Effort) -> None:
-        """Where static int8 misses a gate on quality, try activations of 16 bits: all integers."""
-        found = (d for d in self.runtime.activations.alternatives if d.endswith("16"))
-        wide, variant = next(found, None), self.variants[-1] if self.variants else None
-        if wide and variant and variant.scheme == "static" and variant.misses_quality:
-            passes = schemes.static(self.target, effort, activations=wide)
-            self.attempt(f"static, {wide} activations", passes)
-
-    def mix(self) -> None:
-        """Return layers of the last variant to float where it misses a gate on quality."""
-        variant = self.variants[-1] if self.variants else None
-        if not self.mixed and variant and variant.misses_quality:
+    def mend(self, variant: Variant, effort: schemes.Effort) -> None:
+        """Where `variant` misses a gate on quality, try wider activations, then layers in float."""
+        if variant.scheme == "static" and variant.misses_quality:
+            variant = self._widen(effort) or variant
+        if not self.mixed and variant.misses_quality:
             self._return_layers(variant, self.gates)
+
+    def _widen(self, effort: schemes.Effort) -> Variant | None:
+        """Static with activations of 16 bits, if the target has kernels: all integers still."""
+        found = (d for d in self.runtime.activations.alternatives if d.endswith("16"))
+        if (wide := next(found, None)) is None:
+            return None
+        passes = schemes.static(self.target, effort, activations=wide)
+        return self.attempt(f"static, {wide} activations", passes)
 
     def refine(self) -> None:
         """Return the few layers that make nearly all of the noise, where that may be worth it."""
@@ -259,7 +261,7 @@ class Job:
             if outcome is not None:
                 self._measure(name, outcome)
 
-    def _measure(self, name: str, outcome: Outcome) -> None:
+    def _measure(self, name: str, outcome: Outcome) -> Variant:
         """Save the variant, run it beside the original and hold the gates."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / self.source.with_suffix(".onnx").name
@@ -291,6 +293,7 @@ class Job:
         )
         gated = replace(report, gates=check(self.gates, report))
         self.variants.append(Variant(scheme=name, outcome=outcome, report=gated))
+        return self.variants[-1]
 
     def _part(self, name: str, part: str) -> Progress:
         return self.stage(f"{name}: {part}")

@@ -103,10 +103,10 @@ def compress(
     for name, passes in job.plans(recipe, scheme, effort, blocks):
         if asked and job.passing():
             break
-        job.attempt(name, passes)
+        variant = job.attempt(name, passes)
         job.check_budget()
-        job.widen(effort)
-        job.mix()
+        if variant is not None:
+            job.mend(variant, effort)
     if recipe is None:
         job.refine()
     best = job.best()
