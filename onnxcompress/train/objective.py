@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -12,6 +12,7 @@ from onnxcompress.errors import InputError
 from onnxcompress.graph.inference import infer
 from onnxcompress.graph.scopes import sources, values_of
 from onnxcompress.passes.raise_opset import RaiseOpset
+from onnxcompress.train.batch_statistics import use_batch
 from onnxcompress.train.gradients import LEAST_OPSET, add_gradients
 from onnxcompress.train.losses import Loss, Terms
 from onnxcompress.train.optimizers import Optimizer
@@ -118,13 +119,19 @@ def _titles(losses: Sequence[Loss], values: Sequence[ir.Value]) -> dict[str, str
     return titles
 
 
-def with_gradients(found: Objective, trainable: Sequence[str]) -> tuple[ir.Model, dict[str, str]]:
+def with_gradients(
+    found: Objective, trainable: Sequence[str], kept: Collection[str] = ()
+) -> tuple[ir.Model, dict[str, str]]:
     """The objective's model with its backward pass, and names of the gradients by weight.
+
+    Batch normalizations whose statistics are in `kept` normalize with the batch's, whose names
+    stand beside the gradients.
 
     Raises:
         InputError: if a gradient cannot be had, or a weight has no effect on the loss.
     """
     copy = found.model.clone()
+    statistics = use_batch(copy.graph, kept)
     values = {v.name: v for v in values_of(copy.graph)}
     wrt = [values[name] for name in trainable]
     gradients = add_gradients(copy.graph, values[found.loss], wrt)
@@ -137,7 +144,7 @@ def with_gradients(found: Objective, trainable: Sequence[str]) -> tuple[ir.Model
         if gradient.name in names.values() or gradient.producer() is None:
             gradient = tape.op("Identity", [gradient])  # an output is an output once
         names[value.name or ""] = gradient.name or ""
-    return copy, names
+    return copy, names | statistics
 
 
 @dataclass(frozen=True)

@@ -110,21 +110,27 @@ class Layout:
     Args:
         shapes: by name. Weight decay applies to those with two or more axes longer than one, not
             to biases and the scales of normalizations.
+        kept: those of arrays that lie behind all weights and are in no chunk.
     """
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, shapes: Mapping[str, Sequence[int]], kept: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
         step = _BOUNDARY // np.dtype(np.float32).itemsize
         decaying = {n: sum(d > 1 for d in shape) > 1 for n, shape in shapes.items()}
-        self.shapes = {n: tuple(shapes[n]) for n in sorted(shapes, key=lambda n: not decaying[n])}
+        weights = sorted(shapes, key=lambda n: not decaying[n])
+        self.shapes = {n: tuple(shapes[n]) for n in weights}
+        self.shapes |= {n: tuple(shape) for n, shape in (kept or {}).items()}
         self._starts: dict[str, int] = {}
-        position = middle = 0
+        position = middle = last = 0
         for name, shape in self.shapes.items():
             self._starts[name] = position
             position += -(-math.prod(shape) // step) * step
-            middle = position if decaying[name] else middle
+            middle = position if decaying.get(name) else middle
+            last = position if name in decaying else last
         self.size = position
         """Elements of the flat array, those between weights included, which stay zero."""
-        self.chunks = (*_chunks(0, middle, True), *_chunks(middle, position, False))
+        self.chunks = (*_chunks(0, middle, True), *_chunks(middle, last, False))
 
     def views(self, flat: Array) -> dict[str, Array]:
         """The weights' own parts of a flat array, by name."""

@@ -24,6 +24,7 @@ from onnxcompress.contract import Array
 from onnxcompress.errors import InputError
 from onnxcompress.session import Binding, Session
 from onnxcompress.train.augment import one_hot
+from onnxcompress.train.batch_statistics import LEAST, follow, kept_statistics
 from onnxcompress.train.losses import Loss
 from onnxcompress.train.objective import LOSS, Objective, objective, squares, update, with_gradients
 from onnxcompress.train.optimizers import Optimizer
@@ -82,6 +83,9 @@ class Step:
         masks: by weight, an array of its shape; where it is zero the weight is and stays zero.
         threads: of one operator; 0 leaves the choice to ONNX Runtime. The same number gives the
             same bits.
+        batch_statistics: let batch normalizations of the main graph normalize with each piece's
+            own mean and variance, which take two samples or more; those that they came with
+            follow, and are what is evaluated with.
 
     Raises:
         InputError: if a loss, a mask or a name does not suit the model, or a gradient cannot be
@@ -99,6 +103,7 @@ class Step:
         accumulate: int = 1,
         masks: Mapping[str, Array] | None = None,
         threads: int = 0,
+        batch_statistics: bool = False,
     ) -> None:
         if clip_norm is not None and not clip_norm > 0:
             raise InputError(f"clip_norm is {clip_norm} but must be above 0")
@@ -107,7 +112,9 @@ class Step:
         self._model, self._optimizer, self._threads = model, optimizer, threads
         self._clip_norm, self._accumulate = clip_norm, accumulate
         given = _arrays(model, trainable)
-        self._layout = Layout({name: array.shape for name, array in given.items()})
+        self._momenta = kept_statistics(model) if batch_statistics else {}
+        kept = _arrays(model, list(self._momenta)) if self._momenta else {}
+        self._layout = Layout(_shapes(given), _shapes(kept))
         self._flat = {
             name: aligned([self._layout.size])
             for name in (
@@ -118,13 +125,15 @@ class Step:
             )
         }
         self._weights = self._layout.views(self._flat["weight"])
-        for name, array in given.items():
+        for name, array in (given | kept).items():
             self._weights[name][...] = array
         self._total = self._flat["sum" if accumulate > 1 else "gradient"]
+        batch = self._layout.views(self._total)
+        self._following = [(self._weights[n], batch[n], m) for n, m in self._momenta.items()]
         self._zeros = self._masked(masks or {})
-        self._objective = objective(model, losses, list(given))
+        self._objective = objective(model, losses, list(self._weights))
         self._scalars = {name: aligned([]) for name in self._objective.scalars}
-        self._inputs = _dtypes(self._objective, given)
+        self._inputs = _dtypes(self._objective, self._weights)
         self._backward = self._bind_backward()
         self._updates = self._bind_updates()
         self.steps = 0
@@ -157,6 +166,7 @@ class Step:
         """
         parts = _parts(self._checked(feed), self._accumulate)
         samples = sum(size for size, _ in parts)
+        self._check_statistics(min(size for size, _ in parts))
         tally = Tally()
         if self._accumulate > 1:
             self._total.fill(0)
@@ -236,6 +246,15 @@ class Step:
             for name, array in scalars.items():
                 array[...] = found[name]
             self._run_each(bindings)
+        for kept, batch, momentum in self._following:
+            follow(kept, batch, momentum, self.steps)
+
+    def _check_statistics(self, samples: int) -> None:
+        if self._momenta and samples < LEAST:
+            raise InputError(
+                "batch normalization takes its statistics of two samples or more, and there is "
+                "one: take larger batches, fewer pieces (accumulate), or batch_statistics=False"
+            )
 
     def _clip(self) -> float:
         assert self._clip_norm is not None
@@ -291,7 +310,8 @@ class Step:
         return found
 
     def _bind_backward(self) -> Binding:
-        model, gradients = with_gradients(self._objective, list(self._weights))
+        weights = [name for name in self._weights if name not in self._momenta]
+        model, gradients = with_gradients(self._objective, weights, self._momenta)
         names = [*self._objective.scalars, *gradients.values()]
         session = Session(model, outputs=names, threads=self._threads, training=True)
         views = self._layout.views(self._flat["gradient"])
@@ -334,6 +354,10 @@ class Step:
 def _check_finite(figure: float, name: str, step: int) -> None:
     if not math.isfinite(figure):
         raise InputError(f"training stopped in step {step}: the {name} is {figure}; {_REMEDY}")
+
+
+def _shapes(arrays: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
 
 
 def _arrays(model: ir.Model, names: Sequence[str]) -> dict[str, Array]:

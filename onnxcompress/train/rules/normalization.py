@@ -107,9 +107,39 @@ def batch_normalization(tape: Tape, node: ir.Node, given: Gradients) -> Gradient
     assert dy is not None
     rank, epsilon = rank_of(x), node.attributes.get_float("epsilon", 1e-5)
     if node.attributes.get_int("training_mode", 0):
+        if node.attributes.get_float("momentum", 0.9) == 0:
+            return [*_with_statistics_of_batch(tape, node, dy, epsilon), None, None]
         norm = normalized(tape, x, (0, *range(2, rank)), epsilon)
         return [*_per_channel(tape, node, norm, dy), None, None]
     return _with_given_statistics(tape, node, dy, epsilon)
+
+
+def _with_statistics_of_batch(tape: Tape, node: ir.Node, dy: ir.Value, epsilon: float) -> Gradients:
+    """Without momentum the running statistics that the operator gives are the batch's own.
+
+    With v = (x - mean) / d and sums over the m values of a channel,
+    dx = scale / d · (dy - (Σ dy + v · Σ dy·v) / m). What is affine in each channel is written as a
+    normalization by given statistics, which is one pass over the values.
+    """
+    x, scale = required(node, 0), required(node, 1)
+    mean, variance = tape.output(node, 1), tape.output(node, 2)
+    one, zero, others = tape.scalar(1.0, scale), tape.zeros(scale), (0, *range(2, rank_of(x)))
+    ones = tape.op("Expand", [one, tape.shape(scale)])
+    values = tape.op(
+        "BatchNormalization", [x, ones, zero, mean, variance], {"epsilon": epsilon}, like=x
+    )
+    dscale = _over(tape, tape.op("Mul", [dy, values]), others)
+    dbias = _over(tape, dy, others)
+    dx = None
+    if tape.wanted(x):
+        count = tape.op("Div", [tape.op("Size", [x]), tape.op("Size", [scale])])
+        each = tape.cast(count, scale)
+        along, level = (tape.op("Div", [total, each]) for total in (dscale, dbias))
+        rest = tape.op("Sub", [dy, tape.op("Mul", [values, _column(tape, along, rank_of(x))])])
+        dx = tape.op(
+            "BatchNormalization", [rest, scale, zero, level, variance], {"epsilon": epsilon}
+        )
+    return [dx, dscale, dbias]
 
 
 def _with_given_statistics(tape: Tape, node: ir.Node, dy: ir.Value, epsilon: float) -> Gradients:
