@@ -53,8 +53,10 @@ class Session:
             needed instead of planning one block for all, and give back what lies freed in the heap.
         unordered: outputs whose elements may come in any order, which saves a copy of those that
             kernels keep in a layout of their own.
-        training: for graphs that hold gradients: kernels that give the same bits at each run, and
-            pairs of QuantizeLinear and DequantizeLinear that stay what they are.
+        training: for graphs that hold gradients: kernels that give the same bits at each run,
+            pairs of QuantizeLinear and DequantizeLinear that stay what they are, and no plan of
+            memory, for which another block as large as all values would be taken beside those of
+            the first run.
         verbose: show ONNX Runtime's own warnings.
 
     Raises:
@@ -78,7 +80,7 @@ class Session:
         title = title_of(model)
         options = options_of(optimization, verbose)
         options.intra_op_num_threads = threads
-        options.enable_mem_pattern = not frugal
+        options.enable_mem_pattern = not (frugal or training)
         options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.use_deterministic_compute = training

@@ -41,14 +41,14 @@ def run(command: Sequence[str]) -> Job:
         result = Path(folder) / "result.json"
         launcher = [sys.executable, "-I", "-S", __file__, str(result), *command]
         done = subprocess.run(
-            launcher, capture_output=True, text=True, cwd=folder, env=_environment(), check=False
+            launcher, capture_output=True, text=True, cwd=folder, env=environment(), check=False
         )
         code, seconds, cpu, peak = json.loads(result.read_text())
     failure = _last_line(done.stderr) if code else ""
     return Job(seconds=seconds, cpu=cpu, peak=peak, output=done.stdout, failure=failure)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """One in which the project's modules and tests are found."""
     path = (str(ROOT), os.environ.get("PYTHONPATH", ""))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
