@@ -54,6 +54,11 @@ def are_fresh(model: ir.Model) -> bool:
                normalizations(model))  # fmt: skip
 
 
+def by_batch(model: ir.Model, wanted: bool | None) -> bool:
+    """Whether to train with the batch's; where that is left open, only what is fresh."""
+    return are_fresh(model) if wanted is None else wanted
+
+
 def use_batch(graph: ir.Graph, kept: Collection[str]) -> dict[str, str]:
     """Normalize with the batch's statistics in place; names of their values by whose they are.
 

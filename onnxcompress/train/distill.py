@@ -16,7 +16,6 @@ from typing import Any, Final, cast
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress import schemes
 from onnxcompress.contract import Array
 from onnxcompress.data import Images, interface, open_data
 from onnxcompress.errors import InputError
@@ -25,11 +24,11 @@ from onnxcompress.graph.linear import is_op
 from onnxcompress.graph.scopes import values_of
 from onnxcompress.observe import Progress as Asking
 from onnxcompress.operators import int_attribute
-from onnxcompress.passes.deduplicate_initializers import DeduplicateInitializers
-from onnxcompress.passes.forget_shapes import ForgetShapes
 from onnxcompress.pipeline import run
 from onnxcompress.session import Session
 from onnxcompress.train.augment import Augmentation
+from onnxcompress.train.batch_statistics import by_batch
+from onnxcompress.train.exact import to_train, when_trained
 from onnxcompress.train.history import History
 from onnxcompress.train.loop import Progress, train
 from onnxcompress.train.losses import (
@@ -86,6 +85,7 @@ def distill(
     trainable: Sequence[str] = ("*",),
     masks: Mapping[str, Array] | None = None,
     clip_norm: float | None = None,
+    batch_statistics: bool | None = None,
     threads: int = 0,
     cache: str | Path | None = None,
     precision: Precision = "float16",
@@ -101,7 +101,9 @@ def distill(
     the Softmax if the models end in one, other figures by `MeanSquared` (before a Sigmoid); the
     first scores also against `labels`, or the first output against `target`, where there are any,
     and inner values against `features`.
-    The exact rewrites are applied to the student first, so that batchnorm is part of its weights.
+    The exact rewrites are applied to the student first, so that batchnorm is part of its weights;
+    afterwards, if it is trained with the statistics of batches (`batch_statistics`, as `train` has
+    it; fresh ones by themselves).
 
     Args:
         teacher, student: not altered. All of the teacher's inputs must be in the data.
@@ -127,7 +129,7 @@ def distill(
     Caruana, Do deep nets really need to be deep? (2014), for scores that are no classes; Romero et
     al., FitNets (2015), for inner values.
     """
-    model = to_train(student)
+    model = to_train(student, by_batch=by_batch(student, batch_statistics))
     told = run(teacher, ()).model
     infer(told)
     pool = _pooled(data, unlabelled, told, model, images)
@@ -160,12 +162,13 @@ def distill(
         trainable=trainable,
         masks=masks,
         clip_norm=clip_norm,
+        batch_statistics=batch_statistics,
         threads=threads,
         progress=progress,
     )
     size = open_samples(pool, interface(told), ()).size
     return Distilled(
-        run(trained.model, (ForgetShapes(),), copy=False).model,
+        when_trained(trained.model),
         trained.history,
         chosen,
         size,
@@ -281,12 +284,6 @@ def _pairs(teacher: ir.Model, student: ir.Model) -> list[tuple[ir.Value, ir.Valu
         raise InputError(f"no output of the student has the name of one of the teacher's: {shown}; "
                          "rename one, or give losses")  # fmt: skip
     return common
-
-
-def to_train(student: ir.Model) -> ir.Model:
-    """A copy after the exact rewrites, but that equal weights, such as zero biases, stay apart."""
-    passes = [p for p in schemes.exact() if not isinstance(p, DeduplicateInitializers)]
-    return run(student, passes).model
 
 
 def before_softmax(value: ir.Value) -> tuple[ir.Value, bool]:

@@ -26,8 +26,9 @@ def set_fresh(model: ir.Model, seed: int = 0) -> int:
 
     Weights of linear and recurrent operators become normal with variance 2 / inputs of an output
     where a rectifier follows, else 2 / (inputs + outputs), biases zero; normalizations neither
-    scale nor shift. Tables of embeddings keep the size that their elements had. Only float32
-    initializers, each once, in the order of the nodes: the same seed gives the same bits.
+    scale nor shift, those of batches with means of 0 and variances of 1. Tables of embeddings keep
+    the size that their elements had. Only float32 initializers, each once, in the order of the
+    nodes: the same seed gives the same bits.
 
     Sources: He et al., Delving deep into rectifiers (2015); Glorot and Bengio, Understanding the
     difficulty of training deep feedforward neural networks (2010).
@@ -53,6 +54,9 @@ def _drawn(node: ir.Node, rng: np.random.Generator) -> list[tuple[ir.Value, Arra
         value = node.inputs[row.weight]
         if value is not None and (shape := _shape(value)) is not None:
             found.append((value, np.ones(shape)))
+        if is_op(node, "BatchNormalization"):
+            kept = zip(node.inputs[3:5], (0.0, 1.0), strict=True)
+            found += [(v, np.full(s, x)) for v, x in kept if v and (s := _shape(v)) is not None]
     elif is_op(node, "Gather"):
         table = node.inputs[0]
         if table is not None and (shape := _shape(table)) is not None and len(shape) == 2:

@@ -17,8 +17,8 @@ from onnxcompress.train.task import Task
 KEY: Final = "onnxcompress.model"
 """Its name among the metadata."""
 SETTINGS: Final = (
-    "epochs", "batch_size", "quantize", "trainable", "temperature", "label_weight", "patience",
-    "seed", "threads",
+    "epochs", "batch_size", "quantize", "trainable", "temperature", "label_weight",
+    "batch_statistics", "patience", "seed", "threads",
 )  # fmt: skip
 """Arguments of `Model` that are numbers and words, and no paths."""
 

@@ -22,6 +22,7 @@ from onnxcompress.data import Images, Port, interface
 from onnxcompress.errors import InputError, did_you_mean
 from onnxcompress.train import checkpoint as checkpoints
 from onnxcompress.train.augment import Augmentation, bound, softens
+from onnxcompress.train.batch_statistics import LEAST, are_fresh, kept_statistics
 from onnxcompress.train.checkpoint import Checkpoint, digest, model_digest
 from onnxcompress.train.history import Epoch, History
 from onnxcompress.train.losses import CrossEntropy, Loss
@@ -69,6 +70,7 @@ def train(
     masks: Mapping[str, Array] | None = None,
     clip_norm: float | None = None,
     accumulate: int | None = None,
+    batch_statistics: bool | None = None,
     threads: int = 0,
     images: Images | None = None,
     progress: Progress | None = None,
@@ -97,6 +99,12 @@ def train(
         masks: see `Step`, as `clip_norm` and `threads`.
         accumulate: pieces that a batch is computed in; 1, or as many as the model's first
             dimension demands.
+        batch_statistics: normalize with the mean and variance of each batch (of each piece of
+            it) where the model has batch normalizations, as fresh weights need; see `Step`. By
+            default where one of them has means of 0 and variances of 1, as before any training,
+            and pieces hold two samples; else with the statistics that the model came with, as
+            suits weights that are trained already. What is left for the last batch of an epoch
+            is left out where it does not give each piece two.
 
     Raises:
         InputError: if something does not suit the model or the data, a gradient cannot be had,
@@ -108,6 +116,12 @@ def train(
     pieces = _pieces(batch_size, accumulate, fixed_batch(ports))
     read = weights_read(model, losses)
     names = [n for n in trainable_weights(model, trainable) if n in read or n in trainable]
+    each = batch_size // pieces
+    if batch_statistics is None:
+        batch_statistics = each >= LEAST and are_fresh(model)
+    elif batch_statistics and not kept_statistics(model):
+        raise InputError("the model has no batch normalization with statistics of its own: "
+                         "leave batch_statistics out")  # fmt: skip
     if softens(augment):
         losses = [replace(x, soft=True) if isinstance(x, CrossEntropy) else x for x in losses]
     step = Step(
@@ -119,6 +133,7 @@ def train(
         accumulate=pieces,
         masks=masks,
         threads=threads,
+        batch_statistics=batch_statistics,
     )
     samples = open_samples(data, ports, step.targets, images=images)
     held = None
@@ -133,6 +148,7 @@ def train(
         epochs=epochs,
         batch_size=batch_size,
         fixed=fixed_batch(ports),
+        least=LEAST * pieces if batch_statistics else 1,
         seed=seed,
         patience=patience,
         augment=_bound(augment, ports, step),
@@ -142,7 +158,8 @@ def train(
     if checkpoint is None:
         return run.go(history, None)
     settings = (losses, optimizer, epochs, batch_size, seed, monitor, patience, augment, names,
-                clip_norm, pieces, threads, run.rates, *sorted((masks or {}).items()))  # fmt: skip
+                clip_norm, pieces, threads, batch_statistics, run.rates,
+                *sorted((masks or {}).items()))  # fmt: skip
     setup = {
         "model": model_digest(model),
         "data": digest(samples.digest, held.digest if held else None),
@@ -170,17 +187,21 @@ class _Run:
     epochs: int
     batch_size: int
     fixed: int | None
+    least: int
+    """Samples that a batch must have."""
     seed: int
     patience: int | None
     augment: Augmentation
     progress: Progress
 
     def __post_init__(self) -> None:
-        if self.fixed and self.samples.size < self.batch_size:
-            raise InputError(f"{self.samples.where}: a batch takes {self.batch_size} samples, "
+        if self.fixed:
+            self.least = self.batch_size
+        if self.samples.size < self.least:
+            raise InputError(f"{self.samples.where}: a batch takes {self.least} samples, "
                              f"there are {self.samples.size}")  # fmt: skip
-        count = self.samples.size / self.batch_size
-        self.batches = int(count) if self.fixed else -int(-count // 1)
+        whole, rest = divmod(self.samples.size, self.batch_size)
+        self.batches = whole + (rest >= self.least)
         self.best: Array | None = None
 
     @property

@@ -25,16 +25,16 @@ from onnxcompress.api import Quantization, as_model
 from onnxcompress.contract import Array
 from onnxcompress.data import interface
 from onnxcompress.errors import GateError, InputError, did_you_mean
-from onnxcompress.passes.forget_shapes import ForgetShapes
-from onnxcompress.pipeline import run
 from onnxcompress.recipe import Recipe
 from onnxcompress.report import Report
 from onnxcompress.session import Session
 from onnxcompress.train import loop
 from onnxcompress.train.augment import Augmentation
+from onnxcompress.train.batch_statistics import by_batch
 from onnxcompress.train.clean import Cleaner
 from onnxcompress.train.compression import compress_trained
-from onnxcompress.train.distill import distill, to_train
+from onnxcompress.train.distill import distill
+from onnxcompress.train.exact import to_train, when_trained
 from onnxcompress.train.history import History
 from onnxcompress.train.kept import KEY, SETTINGS, Kept, take_kept
 from onnxcompress.train.losses import Loss, learns_classes
@@ -77,6 +77,8 @@ class Model:
         classes: what the scores stand for, in order, where the labels are no numbers of them.
         trainable: patterns of the weights to train; see `parameters.trainable_weights`.
         temperature, label_weight: of distillation; see `distill`.
+        batch_statistics: train batch normalizations with the statistics of batches; by default
+            those that were never trained. See `loop.train`.
         patience: epochs without a better one on the data to evaluate after which training stops.
         threads: 0 leaves the choice to ONNX Runtime.
 
@@ -105,6 +107,7 @@ class Model:
         trainable: Sequence[str] = ("*",),
         temperature: float = 2.0,
         label_weight: float = 1.0,
+        batch_statistics: bool | None = None,
         patience: int | None = None,
         seed: int = 0,
         threads: int = 0,
@@ -124,6 +127,7 @@ class Model:
         self.trainable = trainable
         self.temperature = temperature
         self.label_weight = label_weight
+        self.batch_statistics = batch_statistics
         self.patience = patience
         self.seed = seed
         self.threads = threads
@@ -167,7 +171,8 @@ class Model:
             raise InputError("the recipe has a table [train], but a Model is told how to train by "
                              "its arguments: move it there")  # fmt: skip
         teacher = None if self.teacher is None else as_model(self.teacher)
-        student = to_train(self._student(teacher, X))
+        student = self._student(teacher, X)
+        student = to_train(student, by_batch=by_batch(student, self.batch_statistics))
         inputs, answers, notes = self._samples(student, teacher, X, Y)
         task, columns = None, dict[str, Array]()
         losses = _losses(self.loss)
@@ -189,7 +194,7 @@ class Model:
             )
         else:
             history = History()
-        student = run(student, (ForgetShapes(),), copy=False).model
+        student = when_trained(student)
         if task is None and self.classes is not None:
             task = unlearned(student, self.classes)
         self._model, self._task, self._session = student, task, None
@@ -371,8 +376,8 @@ class Model:
         unlabelled: Any,
         **options: Any,
     ) -> tuple[ir.Model, History]:
-        names = ("optimizer", "epochs", "batch_size", "augment", "trainable", "patience", "seed",
-                 "threads")  # fmt: skip
+        names = ("optimizer", "epochs", "batch_size", "augment", "trainable", "batch_statistics",
+                 "patience", "seed", "threads")  # fmt: skip
         options |= {name: getattr(self, name) for name in names} | {"evaluate": evaluate}
         if self.schedule is not None:
             options["schedule"] = self.schedule

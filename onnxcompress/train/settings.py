@@ -40,6 +40,8 @@ class Training:
     """Patterns of the weights to train; `!` before one takes away what it finds."""
     keep_zeros: bool = False
     """Let zeros of a pruned student stay zeros."""
+    batch_statistics: bool | None = None
+    """Train batch normalizations with the statistics of batches; where not said, fresh ones."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class Training:
             "features": self.features,
             "trainable": self.trainable,
             "masks": masks_of(student) if self.keep_zeros else None,
+            "batch_statistics": self.batch_statistics,
             "seed": self.seed,
         }
 

@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import onnx_ir as ir
 
-from onnxcompress import schemes
 from onnxcompress.contract import Skip
 from onnxcompress.data import Images, interface, open_data
 from onnxcompress.errors import InputError, did_you_mean
@@ -23,6 +22,7 @@ from onnxcompress.passes.forget_shapes import ForgetShapes
 from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.pipeline import run
 from onnxcompress.train.drop_layers import drop_layers
+from onnxcompress.train.exact import to_train
 from onnxcompress.train.fresh import set_fresh
 from onnxcompress.train.narrow import narrow
 
@@ -59,7 +59,8 @@ def derive(
 ) -> Student:
     """A student of `teacher`, with its weights where they are not drawn anew.
 
-    The exact rewrites come first, so that batchnorm is in the weights that are compared.
+    The exact rewrites come first, so that batchnorm is in the weights that are compared; a fresh
+    student keeps it, to be trained with the statistics of batches.
 
     Args:
         teacher: not altered.
@@ -70,9 +71,11 @@ def derive(
     Raises:
         InputError: if the spec cannot be read, or asks for what the teacher cannot do without.
     """
-    model = run(teacher, (*schemes.exact(), InferShapes())).model
+    steps = _read(spec)
+    fresh = any(step == "fresh" for step, _ in steps)
+    model = run(to_train(teacher, by_batch=fresh), (InferShapes(),), copy=False).model
     notes, skips = list[str](), tuple[Skip, ...]()
-    for step, argument in _read(spec):
+    for step, argument in steps:
         if step == "drop":
             dropped = drop_layers(model, int(argument), _feeds(teacher, data, images))
             model = run(dropped.model, (InferShapes(),), copy=False).model

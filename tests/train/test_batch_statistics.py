@@ -12,9 +12,13 @@ import pytest
 from onnxcompress.errors import InputError
 from onnxcompress.session import Session
 from onnxcompress.train.batch_statistics import are_fresh, follow, kept_statistics
+from onnxcompress.train.distill import distill
+from onnxcompress.train.exact import to_train
+from onnxcompress.train.loop import Trained, train
 from onnxcompress.train.losses import CrossEntropy
 from onnxcompress.train.optimizers import SGD
 from onnxcompress.train.step import Step
+from onnxcompress.train.students import derive
 from tests.train.gradcheck import check_model
 
 RANDOM = np.random.default_rng(0)
@@ -160,3 +164,83 @@ def test_going_back_to_a_state_gives_the_same_bits():
         trained.run(draw(10, 5))
     for name, array in one.weights().items():
         np.testing.assert_array_equal(array, two.weights()[name])
+
+
+def fit(model: ir.Model | None = None, count: int = 42, **options: Any) -> Trained:
+    settings = {"losses": [CrossEntropy("y")], "epochs": 3, "batch_size": 10, **options}
+    return train(model or network(), draw(count), **settings)
+
+
+def kept(trained: Trained) -> np.ndarray:
+    value = trained.model.graph.initializers["mean"].const_value
+    assert value is not None
+    return value.numpy()
+
+
+def test_only_what_was_never_trained_is_trained_so_by_itself():
+    assert kept(fit()).any()
+    assert not kept(fit(network(fresh=False))).any()
+    assert not kept(fit(batch_statistics=False)).any()
+    assert kept(fit(network(fresh=False), batch_statistics=True)).any()
+
+
+def test_it_learns_at_a_rate_at_which_it_otherwise_does_not():
+    held = draw(400, 9)
+
+    def score(**options: Any) -> float:
+        trained = fit(count=400, epochs=2, optimizer=SGD(0.05), **options)
+        found = Session(trained.model).run({"x": held["x"]})["y"]
+        return float((found.argmax(1) == held["labels"]).mean())
+
+    assert score() > score(batch_statistics=False) + 0.2
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int, figures: Any) -> None:
+        if done == 7:
+            raise Killed
+
+    options = {"evaluate": draw(20, 3), "checkpoint_seconds": 0.0}
+    whole = fit(**options)
+    options["checkpoint"] = tmp_path / "run.npz"
+    with pytest.raises(Killed):
+        fit(**options, progress=kill)
+    again = fit(**options)
+    for name, value in whole.model.graph.initializers.items():
+        other = again.model.graph.initializers[name].const_value
+        assert value.const_value is not None and other is not None
+        np.testing.assert_array_equal(value.const_value.numpy(), other.numpy())
+    assert whole.history == again.history
+
+
+def test_a_sample_that_is_left_over_is_left_out():
+    calls: list[int] = []
+    fit(count=41, epochs=1, progress=lambda done, total, _: calls.append(total))
+    fit(count=42, epochs=1, progress=lambda done, total, _: calls.append(total))
+    fit(count=43, epochs=1, accumulate=2, progress=lambda done, total, _: calls.append(total))
+    assert calls == [4] * 4 + [5] * 5 + [4] * 4
+
+
+def test_one_sample_has_no_statistics():
+    assert not kept(fit(network(batch=1))).any()
+    with pytest.raises(InputError, match="two samples or more"):
+        fit(network(batch=1), batch_statistics=True)
+    with pytest.raises(InputError, match="a batch takes 2 samples, there are 1"):
+        fit(count=1)
+    with pytest.raises(InputError, match="no batch normalization"):
+        fit(to_train(network(fresh=False)), batch_statistics=True)
+
+
+def test_a_student_is_folded_when_it_has_learned():
+    teacher = network(fresh=False)
+    fresh = derive(teacher, "fresh").model
+    assert are_fresh(fresh) and "BatchNormalization" in {node.op_type for node in fresh.graph}
+    found = distill(teacher, fresh, {"x": draw(60)["x"]}, epochs=40, batch_size=20,
+                    optimizer=SGD(0.1)).model  # fmt: skip
+    assert [node.op_type for node in found.graph] == ["Gemm", "Relu", "Gemm"]
+    x = draw(200, 5)["x"]
+    wanted, said = (Session(m).run({"x": x})["y"].argmax(1) for m in (teacher, found))
+    assert (wanted == said).mean() > 0.8
