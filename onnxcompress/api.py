@@ -70,7 +70,7 @@ def calibrate(
     model = as_model(model)
     opened = as_data(data, model, images)
     model = run(model, schemes.before_static(target)).model
-    wants = InsertQdq(target=target).wants(model)
+    wants = InsertQdq(target=target).could_want(model)
     return observer(opened, samples, progress, executor)(model, wants)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,7 +17,7 @@ from onnxcompress.graph.quantized_weights import WeightStore
 from onnxcompress.graph.tied_scales import fixed_range, tie
 from onnxcompress.numerics.affine import FLOAT8, RANGES, Affine, affine, even
 from onnxcompress.numerics.thresholds import clip_range
-from onnxcompress.operators import averaged, data_inputs, output_range, slope
+from onnxcompress.operators import averaged, data_inputs, float_attribute, output_range, slope
 
 _NEVER_SEEN = "calibration never came to the body that it is in"
 
@@ -82,7 +82,12 @@ class InsertQdq(CalibratedPass):
             raise InputError("method entropy is for integers: take mse, percentile or minmax")
 
     def wants(self, model: ir.Model) -> Sequence[Want]:
-        return _wants(self._place(model))
+        plan, target = self._place(model), self._target()
+        return _wants(root for root in plan.roots if not _is_given(root, plan, target))
+
+    def could_want(self, model: ir.Model) -> Sequence[Want]:
+        """What must be observed to place pairs whatever nodes `exclude` names later."""
+        return _wants(self._place(model).roots)
 
     def call(self, model: ir.Model) -> Result:
         plan, target = self._place_observed(model), self._target()
@@ -94,14 +99,7 @@ class InsertQdq(CalibratedPass):
             return Result(model, modified=False, skips=(Skip("", "", reason), *plan.skips))
         if not plan.kernels:
             return Result(model, modified=False, skips=tuple(plan.skips))
-        statistics = self.observed(_wants(plan))
-        parameters = {
-            root: self._parameters(root, statistics.histogram(root.name or ""))
-            for root in plan.roots
-        }
-        if not target.activations.symmetric:
-            for root in plan.roots:
-                _share_scale(root, plan, parameters)
+        parameters = self._all_parameters(plan)
         tie(plan, target, parameters)
         weights = WeightStore(model.graph, target, per_channel=self.per_channel)
         _Rewrite(plan, parameters, weights).run()
@@ -131,22 +129,36 @@ class InsertQdq(CalibratedPass):
         """Kernels that read or make a value inside a body that was not observed, and why not."""
         if self.statistics is None:
             return {}
-        inside = [root for root in plan.roots if root.graph is not model.graph]
+        target, main = self._target(), model.graph
+        free = [root for root in plan.roots if not _is_given(root, plan, target)]
+        inside = [root for root in free if root.graph is not main]
         missing = self.statistics.missing(Want(root.name or "") for root in inside)
         reasons = {w.value: self.statistics.reasons.get(w, _NEVER_SEEN) for w in missing}
         found: dict[ir.Node, str] = {}
         for node in plan.kernels if reasons else ():
             read = (plan.root(value) for value in data_inputs(node))
-            for value in (*read, *kernel_outputs(node, self._target())):
+            for value in (*read, *kernel_outputs(node, target)):
                 if value.name in reasons:
                     found[node] = f"cannot use {value.name!r}: {reasons[value.name]}"
         return found
 
-    def _parameters(self, value: ir.Value, histogram: Histogram) -> Affine:
+    def _all_parameters(self, plan: Placement) -> dict[ir.Value, Affine]:
+        """Of every root, in graph order."""
         target = self._target()
-        scheme, producer = target.activations, value.producer()
-        if (fixed := fixed_range(value, target)) is not None:
-            return even(*fixed, scheme.dtype)
+        observed = [root for root in plan.roots if not _is_given(root, plan, target)]
+        statistics = self.observed(_wants(observed))
+        parameters = {
+            root: self._parameters(root, statistics.histogram(root.name or "")) for root in observed
+        }
+        for root in plan.roots:
+            if (fixed := fixed_range(root, target)) is not None:
+                parameters[root] = even(*fixed, target.activations.dtype)
+            elif root not in parameters:
+                parameters[root] = _behind_leaky_relu(root, plan, parameters)
+        return parameters
+
+    def _parameters(self, value: ir.Value, histogram: Histogram) -> Affine:
+        scheme, producer = self._target().activations, value.producer()
         qmin, qmax = RANGES[scheme.dtype]
         whole = self.method == "mse" and scheme.dtype in FLOAT8
         low, high = clip_range(
@@ -164,8 +176,8 @@ class InsertQdq(CalibratedPass):
         return affine(low, high, scheme.dtype, symmetric=scheme.symmetric)
 
 
-def _wants(plan: Placement) -> list[Want]:
-    return [Want(root.name or "", Kind.HISTOGRAM) for root in plan.roots]
+def _wants(roots: Iterable[ir.Value]) -> list[Want]:
+    return [Want(root.name or "", Kind.HISTOGRAM) for root in roots]
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,22 +217,34 @@ def _averaged(value: ir.Value) -> float:
     return min(counts, default=1.0) if not value.is_graph_output() else 1.0
 
 
-def _share_scale(value: ir.Value, plan: Placement, parameters: dict[ir.Value, Affine]) -> None:
-    """Let LeakyRelu give out the scale that it takes: what passes through is not rounded again.
+def _is_given(root: ir.Value, plan: Placement, target: targets.Target) -> bool:
+    """Whether the parameters of `root` follow from the target, or from the value before it."""
+    return fixed_range(root, target) is not None or _shares_scale(root, plan, target)
 
-    A finer scale of its own would not bring back what the first rounding took.
+
+def _shares_scale(value: ir.Value, plan: Placement, target: targets.Target) -> bool:
+    """Whether `value` gets the scale of what LeakyRelu makes it from.
+
+    What passes through is not rounded again then. A finer scale of its own would not bring back
+    what the first rounding took.
     """
     node = value.producer()
-    if node is None or node.op_type != "LeakyRelu" or node not in plan.kernels:
-        return
+    if target.activations.symmetric or node is None or node not in plan.kernels:
+        return False
+    return node.op_type == "LeakyRelu" and 0 <= float_attribute(node, "alpha", 0.01) <= 1
+
+
+def _behind_leaky_relu(
+    value: ir.Value, plan: Placement, parameters: Mapping[ir.Value, Affine]
+) -> Affine:
+    node = value.producer()
+    assert node is not None
     source = parameters[plan.root(data_inputs(node)[0])]
     qmin, qmax = source.range
-    below_zero = slope(node, np.array([-1.0]))
-    if below_zero is None or not 0 <= (alpha := float(below_zero[0])) <= 1:
-        return
+    alpha = float_attribute(node, "alpha", 0.01)
     below = np.ceil(alpha * (int(source.zero_point) - qmin))
     zero_point = np.asarray(min(qmin + below, qmax), source.dtype)
-    parameters[value] = Affine(source.scale, zero_point, source.dtype)
+    return Affine(source.scale, zero_point, source.dtype)
 
 
 class _Rewrite:
