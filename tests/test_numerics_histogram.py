@@ -78,7 +78,7 @@ def test_a_sample_has_the_weight_and_the_extremes_of_the_whole(size, sample, see
 def test_what_reached_its_bounds_is_only_sampled():
     rng = np.random.default_rng(0)
     parts = [np.clip(rng.standard_normal(50_000), 0, 1).astype(np.float32) for _ in range(3)]
-    bounded, free = HistogramBuilder(1024, (0.0, 1.0)), HistogramBuilder(1024)
+    bounded, free = HistogramBuilder(2048, (0.0, 1.0)), HistogramBuilder(1024)
     for part in parts:
         bounded.add(part)
         free.add(part)

@@ -13,6 +13,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from itertools import product
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -71,12 +72,13 @@ class RowSample:
 
 
 class RowSampleBuilder:
-    """Takes arrays one at a time and sorts them only now and then."""
+    """Takes arrays, from any threads, and sorts them only now and then."""
 
     def __init__(self, patches: Patches) -> None:
         self._patches = patches
         self._pieces: list[RowSample] = []
         self._held = 0
+        self._lock = Lock()
 
     def add(self, array: Array) -> None:
         """Draw rows from [batch, C, ...spatial], or [..., K] without a kernel.
@@ -85,16 +87,17 @@ class RowSampleBuilder:
             Unobservable: if the array has another rank, or rows of another length than before.
         """
         cut = _cut_patches if self._patches.kernel else _cut_vectors
-        self._pieces.append(cut(array, self._patches))
-        self._held += len(self._pieces[-1].rows)
-        if self._held > 2 * self._patches.rows:
-            self.build()
+        piece = cut(array, self._patches)
+        with self._lock:
+            if self._pieces and piece.rows.shape[1] != self._pieces[0].rows.shape[1]:
+                raise Unobservable("the number of channels changes from feed to feed")
+            self._pieces.append(piece)
+            self._held += len(piece.rows)
+            if self._held > 2 * self._patches.rows:
+                self.build()
 
     def build(self) -> RowSample:
         """Everything added so far."""
-        first, *rest = self._pieces
-        if any(p.rows.shape[1] != first.rows.shape[1] for p in rest):
-            raise Unobservable("the number of channels changes from feed to feed")
         priorities = np.concatenate([p.priorities for p in self._pieces])
         rows = np.concatenate([p.rows for p in self._pieces])
         order = np.argsort(priorities, kind="stable")[: self._patches.rows]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import queue
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import (
@@ -21,8 +20,9 @@ from concurrent.futures import (
     wait,
 )
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
+from threading import Lock
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -35,7 +35,7 @@ from onnxcompress.graph.bodies import Exposed, expose, visits
 from onnxcompress.numerics.exact_sum import ExactSum
 from onnxcompress.numerics.histogram import HistogramBuilder, Unobservable, sample_size
 from onnxcompress.numerics.row_sample import RowSampleBuilder
-from onnxcompress.observe.observations import ChannelRange, Kept, Observations, merge_all
+from onnxcompress.observe.observations import ChannelRange, Observations, merge_all
 from onnxcompress.operators import output_range
 from onnxcompress.session import Feed, Session
 
@@ -108,9 +108,9 @@ class _Plan:
     sample: int
     """How many elements of a large value a histogram counts."""
 
-    def shard(self) -> _Shard:
-        """Observers of all that runs give."""
-        return _Shard(self.inputs + self.taps, self.depths, self.bounds, self.sample)
+    def observers(self) -> _Observers:
+        """Of all that runs give."""
+        return _Observers(self.inputs + self.taps, self.depths, self.bounds, self.sample)
 
 
 def _plan(exposed: Exposed, wants: Sequence[Want], feeds: int | None) -> _Plan:
@@ -119,7 +119,8 @@ def _plan(exposed: Exposed, wants: Sequence[Want], feeds: int | None) -> _Plan:
     inputs = {v.name for v in graph.inputs} - set(initializers)
     produced = {v.name: node for node in graph for v in node.outputs}
     sample = sample_size(feeds)
-    constants = _Shard([], {}, {}, sample)
+    constants: list[Want] = []
+    reasons: dict[Want, str] = {}
     fed: list[Want] = []
     taps: list[Want] = []
     for want in dict.fromkeys(wants):
@@ -132,78 +133,126 @@ def _plan(exposed: Exposed, wants: Sequence[Want], feeds: int | None) -> _Plan:
         elif want.value in produced:
             taps.append(want)
         elif want.value in initializers and initializers[want.value].const_value is not None:
-            tensor = initializers[want.value].const_value
-            assert tensor is not None
-            constants.observe(want, tensor.numpy(), "the model")
+            constants.append(want)
         else:
             absent = "it is not a value of the model"
-            constants.reasons[want] = exposed.reasons.get(want.value, absent)
+            reasons[want] = exposed.reasons.get(want.value, absent)
+    known = _Observers(constants, {}, {}, sample)
+    for name in dict.fromkeys(want.value for want in constants):
+        tensor = initializers[name].const_value
+        assert tensor is not None
+        known.add({name: tensor.numpy()}, "the model")
     ranges = {want.value: output_range(produced[want.value]) for want in taps}
     bounds = {value: found for value, found in ranges.items() if found is not None}
-    return _Plan(tuple(fed), tuple(taps), constants.build(), exposed.depths, bounds, sample)
+    return _Plan(
+        tuple(fed),
+        tuple(taps),
+        known.build().merge(Observations(reasons=reasons)),
+        exposed.depths,
+        bounds,
+        sample,
+    )
 
 
-class _Shard:
-    """Observers that one thread at a time feeds."""
+class _Observers:
+    """What is kept of each wanted value; any threads may add to it."""
 
     def __init__(
         self, wants: Iterable[Want], depths: Mapping[str, int], bounds: Bounds, sample: int
     ) -> None:
-        self._depths, self._bounds, self._sample = depths, bounds, sample
-        self._by_value: defaultdict[str, list[Want]] = defaultdict(list)
+        self._depths = depths
+        self._by_value: defaultdict[str, list[_Observer]] = defaultdict(list)
         for want in wants:
-            self._by_value[want.value].append(want)
-        self._kept: dict[Want, Any] = {}
-        self.reasons: dict[Want, str] = {}
+            builder = _builder(want, bounds.get(want.value, _BOUNDLESS), sample)
+            self._by_value[want.value].append(_Observer(want, builder))
 
     def add(self, values: Mapping[str, Any], where: str) -> None:
-        """Observe the wanted ones of `values`."""
-        for value, wants in self._by_value.items():
-            for want in wants:
-                if value not in values:
-                    continue
-                for array in visits(values[value], self._depths.get(value)):
-                    if want not in self.reasons:
-                        self.observe(want, array, where)
+        """Observe the wanted ones of `values`.
 
-    def observe(self, want: Want, array: Any, where: str) -> None:
-        try:
-            self._observe(want, _numbers(array))
-        except FloatingPointError as error:
-            raise InputError(
-                f"{want.value!r} holds NaN in {where}: check the data and the model"
-            ) from error
-        except Unobservable as error:
-            self.reasons[want] = str(error)
-
-    def _observe(self, want: Want, array: Array) -> None:
-        if want.kind is Kind.HISTOGRAM:
-            if want not in self._kept:
-                bounds = self._bounds.get(want.value, _BOUNDLESS)
-                self._kept[want] = HistogramBuilder(self._sample, bounds)
-            self._kept[want].add(array)
-        elif want.patches is not None:
-            if want not in self._kept:
-                self._kept[want] = RowSampleBuilder(want.patches)
-            self._kept[want].add(array)
-        elif array.size:
-            kind = ChannelRange if want.kind is Kind.CHANNEL_RANGE else ExactSum
-            found = kind.of(_channels(array, want.axis or 0))
-            self._kept[want] = self._kept[want].merge(found) if want in self._kept else found
+        Raises:
+            InputError: if one of them is NaN.
+        """
+        for value, observers in self._by_value.items():
+            if value not in values:
+                continue
+            for array in visits(values[value], self._depths.get(value)):
+                for observer in observers:
+                    observer.add(array, where)
 
     def build(self) -> Observations:
-        kept: dict[Want, Kept] = {
-            want: found.build() if isinstance(found, HistogramBuilder | RowSampleBuilder) else found
-            for want, found in self._kept.items()
-        }
-        return Observations(kept, self.reasons).merge(Observations())
+        observers = [observer for each in self._by_value.values() for observer in each]
+        kept = {o.want: o.builder.build() for o in observers if o.seen}
+        reasons = {o.want: o.reason for o in observers if o.reason}
+        found = {want: each for want, each in kept.items() if each is not None}
+        return Observations(found, reasons).merge(Observations())
+
+
+@dataclass(slots=True)
+class _Observer:
+    """Of one wanted value."""
+
+    want: Want
+    builder: HistogramBuilder | RowSampleBuilder | _ChannelsBuilder
+    seen: bool = False
+    reason: str = ""
+    """Why it cannot be observed."""
+
+    def add(self, array: Any, where: str) -> None:
+        if self.reason:
+            return
+        try:
+            self.builder.add(_numbers(array))
+            self.seen = True
+        except FloatingPointError as error:
+            raise InputError(
+                f"{self.want.value!r} holds NaN in {where}: check the data and the model"
+            ) from error
+        except Unobservable as error:
+            self.reason = str(error)
+
+
+class _ChannelsBuilder:
+    """Ranges or sums of channels, merged as arrays come, from any threads."""
+
+    def __init__(self, kind: type[ChannelRange] | type[ExactSum], axis: int) -> None:
+        self._kind, self._axis = kind, axis
+        self._found: ChannelRange | ExactSum | None = None
+        self._lock = Lock()
+
+    def add(self, array: Array) -> None:
+        """Channels lie along the axis.
+
+        Raises:
+            FloatingPointError: if an element is NaN.
+            Unobservable: if one is infinite, or there are more or fewer channels than before.
+        """
+        if not array.size:
+            return
+        found: Any = self._kind.of(_channels(array, self._axis))
+        with self._lock:
+            self._found = found if self._found is None else found.merge(self._found)
+
+    def build(self) -> ChannelRange | ExactSum | None:
+        """Of everything added so far; None of nothing."""
+        return self._found
+
+
+def _builder(
+    want: Want, bounds: tuple[float, float], sample: int
+) -> HistogramBuilder | RowSampleBuilder | _ChannelsBuilder:
+    if want.kind is Kind.HISTOGRAM:
+        return HistogramBuilder(sample, bounds)
+    if want.patches is not None:
+        return RowSampleBuilder(want.patches)
+    kind = ChannelRange if want.kind is Kind.CHANNEL_RANGE else ExactSum
+    return _ChannelsBuilder(kind, want.axis or 0)
 
 
 def _numbers(value: Any) -> Array:
     if not isinstance(value, np.ndarray):
         raise Unobservable("it is not a tensor")
     array = cast(Array, value)
-    if not np.can_cast(array.dtype, np.float32, "same_kind"):
+    if array.dtype != np.float32 and not np.can_cast(array.dtype, np.float32, "same_kind"):
         raise Unobservable("it does not hold real numbers")
     return array
 
@@ -223,18 +272,8 @@ def _observe_here(
     cores = _cores()
     workers = max(1, min(cores, _WORKERS, cores if total is None else total))
     session = _session(model, plan.taps, cores // workers)
-    shards = [plan.shard() for _ in range(workers)]
-    idle: queue.SimpleQueue[_Shard] = queue.SimpleQueue()
-    for shard in shards:
-        idle.put(shard)
-
-    def run(number: int, feed: Feed) -> None:
-        shard = idle.get()
-        try:
-            _run(session, number, feed, shard)
-        finally:
-            idle.put(shard)
-
+    observers = plan.observers()
+    run = partial(_run, session, observers=observers)
     with ThreadPoolExecutor(workers) as pool:
         done = 0
         futures = (pool.submit(run, number, feed) for number, feed in enumerate(feeds))
@@ -244,7 +283,7 @@ def _observe_here(
             progress(done, total)
     if not done:
         raise InputError(_NO_DATA)
-    return merge_all([shard.build() for shard in shards])
+    return observers.build()
 
 
 def _observe_elsewhere(
@@ -287,10 +326,10 @@ def _observe_shard(
     content: bytes, plan: _Plan, first: int, feeds: Sequence[Feed]
 ) -> tuple[int, Observations]:
     session = _cached_session(content, plan.taps)
-    shard = plan.shard()
+    observers = plan.observers()
     for number, feed in enumerate(feeds, first):
-        _run(session, number, feed, shard)
-    return len(feeds), shard.build()
+        _run(session, number, feed, observers)
+    return len(feeds), observers.build()
 
 
 @lru_cache(maxsize=1)
@@ -316,9 +355,9 @@ def _session(model: ir.Model, taps: tuple[Want, ...], threads: int) -> Session |
     )
 
 
-def _run(session: Session | None, number: int, feed: Feed, shard: _Shard) -> None:
+def _run(session: Session | None, number: int, feed: Feed, observers: _Observers) -> None:
     values = session.run(feed) if session is not None else {}
-    shard.add({**feed, **values}, f"feed {number}")
+    observers.add({**feed, **values}, f"feed {number}")
 
 
 def _in_flight(futures: Iterable[Future[_T]], most: int) -> Generator[_T]:
