@@ -252,7 +252,8 @@ def _count(
 ) -> tuple[Buckets, Counts]:
     """The occupied buckets with `weight` more for each of `indices`."""
     least = int(buckets[-1]) + 1 if len(buckets) else 0
-    dense = np.bincount(indices, minlength=least) * weight
+    dense = np.bincount(indices, minlength=least)
+    dense *= weight
     dense[buckets] += counts
     occupied = np.flatnonzero(dense)
     return occupied.astype(np.uint16), dense[occupied]

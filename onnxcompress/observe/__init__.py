@@ -37,7 +37,7 @@ from onnxcompress.numerics.histogram import HistogramBuilder, Unobservable, samp
 from onnxcompress.numerics.row_sample import RowSampleBuilder
 from onnxcompress.observe.observations import ChannelRange, Observations, merge_all
 from onnxcompress.operators import output_range
-from onnxcompress.session import Feed, Session
+from onnxcompress.session import Feed, Session, weighs
 
 __all__ = ["Observations", "Progress", "observe"]
 
@@ -343,15 +343,16 @@ def _session(model: ir.Model, taps: tuple[Want, ...], threads: int) -> Session |
         return None
     outputs = tuple(dict.fromkeys(want.value for want in taps))
     ordered = {want.value for want in taps if want.kind is not Kind.HISTOGRAM}
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    # Only convolutions, and what comes behind them, keep values in a layout of their own.
+    blocked = any(node.op_type == "Conv" for node in model.graph)
     return Session(
         model,
         outputs=outputs,
-        optimization="basic" if weights > _LARGE else "all",
+        optimization="basic" if weighs(model) > _LARGE else "all",
         threads=threads,
         spinning=False,
         frugal=True,
-        unordered=set(outputs) - ordered,
+        unordered=set(outputs) - ordered if blocked else (),
     )
 
 

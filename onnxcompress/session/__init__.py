@@ -29,12 +29,23 @@ from onnxcompress.session.runtime import (
     title_of,
     to_ort,
     trim,
+    weighs,
 )
 from onnxcompress.session.start import start
 
-__all__ = ["Binding", "Feed", "Optimization", "Session", "optimized_model", "profile"]
+__all__ = [
+    "Binding",
+    "Feed",
+    "Optimization",
+    "Session",
+    "optimized_model",
+    "profile",
+    "weighs",
+]
 
 Feed = Mapping[str, Any]
+_TRIMMED = 1 << 23
+"""Bytes of weights from which the heap is worth looking through, which takes milliseconds."""
 
 
 class Session:
@@ -50,7 +61,8 @@ class Session:
             slower start and more memory, so turn it off for a few runs of a large model.
         spinning: let idle threads wait busily; turn it off where other threads need the cores.
         frugal: for many outputs at once: give each value its own memory for as long as it is
-            needed instead of planning one block for all, and give back what lies freed in the heap.
+            needed instead of planning one block for all, and give back what lies freed in the heap
+            where weights left much in it.
         unordered: outputs whose elements may come in any order, which saves a copy of those that
             kernels keep in a layout of their own.
         training: for graphs that hold gradients: kernels that give the same bits at each run,
@@ -86,14 +98,15 @@ class Session:
         options.use_deterministic_compute = training
         options.add_session_config_entry("session.disable_quant_qdq", str(int(training)))
         self._title = title
-        if frugal:
+        trims = frugal and weighs(model) > _TRIMMED
+        if trims:
             trim()
         started: tuple[Any, list[Any]] | None = None
         if unordered and optimization == "all":
             with suppress(InputError):  # ONNX Runtime cannot always read what it wrote
                 started = start_unordered(model, outputs, unordered, options, title), []
         self._session, self._lent = started or start(model, outputs, options, title)
-        if frugal:
+        if trims:
             trim()
         self._run_options = ort.RunOptions()
         self._run_options.log_severity_level = options.log_severity_level

@@ -36,6 +36,13 @@ def title_of(model: ir.Model | Path) -> str:
     return str(model) if isinstance(model, Path) else repr(model.graph.name or "model")
 
 
+def weighs(model: ir.Model | Path) -> int:
+    """Bytes of the main graph's initializers, or of the file."""
+    if isinstance(model, Path):
+        return model.stat().st_size
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+
+
 def options_of(optimization: Optimization, verbose: bool) -> Any:
     """A session's options."""
     options = ort.SessionOptions()
