@@ -103,6 +103,15 @@ def pack(codes: Codes, bits: int) -> Codes:
     return packed
 
 
+def unpack(packed: Codes, bits: int) -> Codes:
+    """What `pack` was given, filled up to whole bytes."""
+    if bits == 8:
+        return packed
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.reshape(*packed.shape[:-1], -1)
+
+
 def _least_error(cut: Floats, bits: int, symmetric: bool) -> tuple[Floats, Floats]:
     """Scale and zero_point of each block of (n, B, block_size), each (n, B)."""
     low, high = np.minimum(cut.min(axis=-1), 0), np.maximum(cut.max(axis=-1), 0)
