@@ -21,6 +21,7 @@ ROWS = hnp.arrays(
 @given(ROWS)
 def test_trimmed_pairs_cannot_saturate(rows: np.ndarray[Any, Any]) -> None:
     trimmed = trim_pairs(rows)
+    np.testing.assert_array_equal(trim_pairs(np.asfortranarray(rows)), trimmed)
     assert trimmed.shape == rows.shape and trimmed.dtype == np.int8
     assert np.all(largest_pair_sum(trimmed) <= PAIR_LIMIT)
     wide = np.pad(trimmed.astype(int), ((0, 0), (0, rows.shape[1] % 2))).reshape(len(rows), -1, 2)

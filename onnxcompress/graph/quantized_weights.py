@@ -255,7 +255,7 @@ class WeightStore:
 
         def integers() -> Array:
             q = quantize(source.numpy(), parameters)
-            return q if pairs is None else _trimmed(q, parameters.axis, pairs)
+            return q if pairs is None else trimmed(q, pairs)
 
         tensor = computed(integers, parameters.dtype, source.shape.numpy())
         stored = self.initializer(f"{name}_quantized", tensor)
@@ -360,7 +360,8 @@ def _rows(weight: Array, axis: int | None, order: Sequence[int] | None) -> Array
     return np.pad(rows, ((0, 0), (0, rows.shape[1] % 2))).reshape(1, -1)
 
 
-def _trimmed(q: Array, axis: int | None, order: Sequence[int]) -> Array:
+def trimmed(q: Array, order: Sequence[int]) -> Array:
+    """Codes whose pairs, along axes in `order` (`kernel_axes`), do not saturate 16-bit sums."""
     ordered = q.transpose(order)
     rows = trim_pairs(ordered.reshape(q.shape[order[0]], -1)).reshape(ordered.shape)
     return np.ascontiguousarray(rows.transpose(np.argsort(order)))

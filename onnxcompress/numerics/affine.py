@@ -17,6 +17,8 @@ Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.floating[Any]]
 
 RANGES: Final[dict[str, tuple[int, int]]] = {
+    "int2": (-2, 1),
+    "uint2": (0, 3),
     "int4": (-8, 7),
     "uint4": (0, 15),
     "int8": (-128, 127),
@@ -41,12 +43,17 @@ SMALLEST_SCALE: Final = np.float32(1e-30)
 
 @dataclass(frozen=True, slots=True)
 class Affine:
-    """Parameters of one tensor: `scale` float32 and `zero_point` of `dtype`, scalar or 1-D."""
+    """Parameters of one tensor: `scale` float32 and `zero_point` of `dtype`.
+
+    Scalar; 1-D along `axis`; or, with a `block_size`, of the tensor's rank, with one for each
+    block of so many values along `axis`, the last of which may be shorter.
+    """
 
     scale: npt.NDArray[np.float32]
     zero_point: Array
     dtype: str
     axis: int | None = None
+    block_size: int = 0
 
     @property
     def range(self) -> tuple[int, int]:
@@ -99,7 +106,7 @@ def symmetric_per_channel(bound: FloatArray, dtype: str, axis: int) -> Affine:
 
 def quantize(x: FloatArray, parameters: Affine) -> Array:
     """The codes that QuantizeLinear gives for `x` (any shape), saturated to the type."""
-    scale, zero_point = _broadcast(parameters, x.ndim)
+    scale, zero_point = _broadcast(parameters, x.shape)
     qmin, qmax = parameters.range
     if parameters.dtype in FLOAT8:
         return np.clip(x / scale, qmin, qmax).astype(FLOAT8[parameters.dtype])
@@ -111,7 +118,7 @@ def quantize(x: FloatArray, parameters: Affine) -> Array:
 
 def dequantize(q: Array, parameters: Affine) -> npt.NDArray[np.float32]:
     """The values that DequantizeLinear gives for the codes `q` (any shape)."""
-    scale, zero_point = _broadcast(parameters, q.ndim)
+    scale, zero_point = _broadcast(parameters, q.shape)
     return (q.astype(np.float32) - zero_point.astype(np.float32)) * scale
 
 
@@ -120,12 +127,16 @@ def numpy_type(dtype: str) -> np.dtype[Any]:
     return FLOAT8[dtype] if dtype in FLOAT8 else np.dtype(dtype)
 
 
-def _broadcast(parameters: Affine, rank: int) -> tuple[npt.NDArray[np.float32], Array]:
-    if parameters.axis is None:
-        return parameters.scale, parameters.zero_point
-    shape = [1] * rank
-    shape[parameters.axis] = -1
-    return parameters.scale.reshape(shape), parameters.zero_point.reshape(shape)
+def _broadcast(parameters: Affine, sizes: tuple[int, ...]) -> tuple[npt.NDArray[np.float32], Array]:
+    scale, zero_point, axis = parameters.scale, parameters.zero_point, parameters.axis
+    if axis is None:
+        return scale, zero_point
+    if parameters.block_size:
+        block = np.arange(sizes[axis]) // parameters.block_size
+        return scale.take(block, axis), zero_point.take(block, axis)
+    shape = [1] * len(sizes)
+    shape[axis] = -1
+    return scale.reshape(shape), zero_point.reshape(shape)
 
 
 def _float32_scale(scale: float) -> npt.NDArray[np.float32]:

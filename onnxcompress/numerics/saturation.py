@@ -42,7 +42,7 @@ def trim_pairs(rows: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
     Rounding can lift a pair one or two steps over a bound that held before it; the larger
     weight of the pair gives way, by those steps.
     """
-    padded = np.pad(rows.astype(np.int16), ((0, 0), (0, rows.shape[1] % 2)))
+    padded = np.pad(rows.astype(np.int16, order="C"), ((0, 0), (0, rows.shape[1] % 2)))
     pairs = padded.reshape(-1, 2)
     for sign in (1, -1):
         left, right = np.maximum(sign * pairs[:, 0], 0), np.maximum(sign * pairs[:, 1], 0)

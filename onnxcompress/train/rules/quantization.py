@@ -91,10 +91,13 @@ def _spread(tape: Tape, node: ir.Node, value: ir.Value, like: ir.Value | None = 
     """A scale or zero point, of the shape of `like`, so that it broadcasts to the data."""
     like, rank = like or value, rank_of(required(node, 0))
     if node.attributes.get_int("block_size", 0):
-        axis, sizes = _blocks(node, like)
+        axis, sizes, size = _blocks(node, like)
         apart = tape.op("Unsqueeze", [value, tape.ints(axis + 1)])
         each = tape.op("Expand", [apart, tape.ints(*sizes)])
-        return tape.reshape_like(each, required(node, 0))
+        whole = tape.op("Reshape", [each, tape.ints(*sizes[:axis], -1, *sizes[axis + 2 :])])
+        if size == sizes[axis] * sizes[axis + 1]:
+            return whole
+        return tape.op("Slice", [whole, tape.ints(0), tape.ints(size), tape.ints(axis)])
     if rank_of(like) == 0 or sizes_of(like) == (1,):
         return value
     shape = [1] * rank
@@ -102,20 +105,24 @@ def _spread(tape: Tape, node: ir.Node, value: ir.Value, like: ir.Value | None = 
     return tape.op("Reshape", [value, tape.ints(*shape)])
 
 
-def _blocks(node: ir.Node, scale: ir.Value) -> tuple[int, list[int]]:
-    """The axis of blocks, and the data's sizes with that axis split in blocks and within them."""
+def _blocks(node: ir.Node, scale: ir.Value) -> tuple[int, list[int], int]:
+    """The axis of blocks, sizes with that axis split in blocks and within them, and its own."""
     dims, block = sizes_of(scale), node.attributes.get_int("block_size", 0)
     axis = node.attributes.get_int("axis", 1) % len(dims)
-    data = dims_of(required(node, 0))
-    if data is None or data[axis] != dims[axis] * block:
-        raise Unsupported("its last block is not full")
-    return axis, [*dims[: axis + 1], block, *dims[axis + 1 :]]
+    size = (dims_of(required(node, 0)) or ())[axis]
+    if size is None:
+        raise Unsupported("its blocks lie along an axis whose size is known at run time only")
+    return axis, [*dims[: axis + 1], block, *dims[axis + 1 :]], size
 
 
 def _gathered(tape: Tape, node: ir.Node, gradient: ir.Value, scale: ir.Value) -> ir.Value:
     """The gradient of each value's scale, summed over the values that share it."""
     if node.attributes.get_int("block_size", 0):
-        axis, sizes = _blocks(node, scale)
+        axis, sizes, size = _blocks(node, scale)
+        if missing := sizes[axis] * sizes[axis + 1] - size:
+            ends = [0] * (2 * len(sizes) - 2)
+            ends[len(sizes) - 1 + axis] = missing
+            gradient = tape.op("Pad", [gradient, tape.ints(*ends)])
         apart = tape.op("Reshape", [gradient, tape.ints(*sizes)])
         return tape.op("ReduceSum", [apart, tape.ints(axis + 1)], {"keepdims": 0})
     x = required(node, 0)
