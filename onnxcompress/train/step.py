@@ -25,6 +25,7 @@ from onnxcompress.errors import InputError
 from onnxcompress.session import Binding, Session
 from onnxcompress.train.augment import one_hot
 from onnxcompress.train.batch_statistics import LEAST, follow, kept_statistics
+from onnxcompress.train.blocked import for_cpu
 from onnxcompress.train.losses import Loss
 from onnxcompress.train.objective import LOSS, Objective, objective, squares, update, with_gradients
 from onnxcompress.train.optimizers import Optimizer
@@ -313,6 +314,7 @@ class Step:
         weights = [name for name in self._weights if name not in self._momenta]
         model, gradients = with_gradients(self._objective, weights, self._momenta)
         names = [*self._objective.scalars, *gradients.values()]
+        model = for_cpu(model, names)
         session = Session(model, outputs=names, threads=self._threads, training=True)
         views = self._layout.views(self._flat["gradient"])
         found = {gradients[name]: view for name, view in views.items()}
@@ -321,7 +323,8 @@ class Step:
     @cached_property
     def _forward(self) -> Binding:
         found = self._objective
-        session = Session(found.model, outputs=found.scalars, threads=self._threads, training=True)
+        model = for_cpu(found.model.clone(), found.scalars)
+        session = Session(model, outputs=found.scalars, threads=self._threads, training=True)
         return session.bind(self._weights, self._scalars)
 
     def _bind_updates(self) -> dict[bool, tuple[dict[str, Array], list[Binding]]]:

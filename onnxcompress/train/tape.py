@@ -19,7 +19,7 @@ class Unsupported(Exception):
 
 
 class Tape:
-    """Appends nodes and constants with fresh names to the end of a graph.
+    """Puts nodes and constants with fresh names into a graph, to its end unless told otherwise.
 
     Args:
         graph: what to append to.
@@ -28,6 +28,8 @@ class Tape:
 
     def __init__(self, graph: ir.Graph, wanted: Collection[ir.Value] | None = None) -> None:
         self.graph = graph
+        self.before: ir.Node | None = None
+        """Where new nodes are put; None: to the end."""
         self._wanted = wanted
         self._fresh = FreshNames(graph)
         self._nodes: list[ir.Node] = []
@@ -42,9 +44,10 @@ class Tape:
         attributes: Attributes | None = None,
         *,
         like: ir.Value | None = None,
+        domain: str = "",
     ) -> ir.Value:
         """The output of a new node; it has the type and shape of `like` where that is given."""
-        (output,) = self.ops(op_type, inputs, attributes, outputs=1)
+        (output,) = self.ops(op_type, inputs, attributes, outputs=1, domain=domain)
         if like is not None:
             output.type, output.shape = like.type, like.shape
         return output
@@ -56,12 +59,17 @@ class Tape:
         attributes: Attributes | None = None,
         *,
         outputs: int,
+        domain: str = "",
     ) -> Sequence[ir.Value]:
         """The `outputs` outputs of a new node."""
         values = [ir.Value(name=self.name(f"{op_type}_grad")) for _ in range(outputs)]
-        node = ir.node(op_type, inputs, attributes, outputs=values, name=values[0].name)
+        name = values[0].name
+        node = ir.node(op_type, inputs, attributes, outputs=values, name=name, domain=domain)
         self._nodes.append(node)
-        self.graph.append(node)
+        if self.before is None:
+            self.graph.append(node)
+        else:
+            self.graph.insert_before(self.before, node)
         return node.outputs
 
     def within(self, body: ir.Graph) -> Tape:

@@ -8,6 +8,7 @@ from typing import Final
 
 import onnx_ir as ir
 
+from onnxcompress.train.rules.masks import inside, positive
 from onnxcompress.train.tape import Gradients, Rule, Tape, required
 
 Slope = Callable[[Tape, ir.Node, ir.Value, ir.Value], ir.Value]
@@ -24,13 +25,13 @@ def _pointwise(slope: Slope) -> Rule:
 
 
 def _relu(tape: Tape, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
-    """The sign of the output is 1 where the input is above zero and 0 elsewhere."""
-    return tape.op("Sign", [y])
+    """The output is above zero where the input is, so the input need not be kept."""
+    return positive(tape, y, x)
 
 
 def _leaky_relu(tape: Tape, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
     alpha = tape.scalar(_alpha(node, 0.01), x)
-    return tape.op("Where", [_positive(tape, x), tape.scalar(1, x), alpha])
+    return tape.op("Where", [_is_positive(tape, x), tape.scalar(1, x), alpha])
 
 
 def _thresholded_relu(tape: Tape, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -40,19 +41,19 @@ def _thresholded_relu(tape: Tape, node: ir.Node, x: ir.Value, y: ir.Value) -> ir
 def _elu(tape: Tape, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
     """y + alpha where x <= 0, as y = alpha (e^x - 1) there."""
     below = tape.op("Add", [y, tape.scalar(_alpha(node, 1.0), x)])
-    return tape.op("Where", [_positive(tape, x), tape.scalar(1, x), below])
+    return tape.op("Where", [_is_positive(tape, x), tape.scalar(1, x), below])
 
 
 def _selu(tape: Tape, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
     alpha = _alpha(node, 1.67326319217681884765625)
     gamma = node.attributes.get_float("gamma", 1.05070102214813232421875)
     below = tape.op("Add", [y, tape.scalar(alpha * gamma, x)])
-    return tape.op("Where", [_positive(tape, x), tape.scalar(gamma, x), below])
+    return tape.op("Where", [_is_positive(tape, x), tape.scalar(gamma, x), below])
 
 
 def _celu(tape: Tape, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
     below = tape.op("Exp", [tape.op("Div", [x, tape.scalar(_alpha(node, 1.0), x)])])
-    return tape.op("Where", [_positive(tape, x), tape.scalar(1, x), below])
+    return tape.op("Where", [_is_positive(tape, x), tape.scalar(1, x), below])
 
 
 def _sigmoid(tape: Tape, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -193,15 +194,15 @@ def _alpha(node: ir.Node, default: float) -> float:
     return node.attributes.get_float("alpha", default)
 
 
-def _positive(tape: Tape, x: ir.Value) -> ir.Value:
+def _is_positive(tape: Tape, x: ir.Value) -> ir.Value:
     return tape.op("Greater", [x, tape.scalar(0, x)])
 
 
 def _within(tape: Tape, y: ir.Value, low: float, high: float) -> ir.Value:
     """1 where y lies strictly between the bounds, 0 elsewhere."""
-    above = tape.op("Greater", [y, tape.scalar(low, y)])
-    below = tape.op("Less", [y, tape.scalar(high, y)])
-    return tape.cast(tape.op("And", [above, below]), y)
+    mask = inside(tape, y, tape.scalar(low, y), tape.scalar(high, y))
+    assert mask is not None
+    return mask
 
 
 _SLOPES: Final[dict[str, Slope]] = {

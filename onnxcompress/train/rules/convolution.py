@@ -145,8 +145,8 @@ def _spread(
         pads = [e - 1 - p for e, p in zip(win.extents * 2, (*win.begins, *win.ends), strict=True)]
         kernel = _turned(tape, w, win, group)
         if kernel is not None and min(pads) >= 0:
-            return tape.op("Conv", [dy, kernel], {**options, "pads": pads})
-        return tape.op("ConvTranspose", [dy, w], options)
+            return tape.op("Conv", [dy, kernel], {**options, "pads": pads}, like=x)
+        return tape.op("ConvTranspose", [dy, w], options, like=x)
     dims = (dims_of(x) or ())[2:]
     left = [
         None if size is None else (size + begin + end - extent) % stride
@@ -169,10 +169,13 @@ def _turned(tape: Tape, w: ir.Value, win: Window, group: int) -> ir.Value | None
     if math.prod(win.kernel) > 1:
         count = win.rank
         ends = tape.ints(*[-(2**31)] * count), tape.ints(*range(2, 2 + count))
-        w = tape.op("Slice", [w, tape.ints(*[-1] * count), *ends, tape.ints(*[-1] * count)])
+        starts = tape.ints(*[-1] * count)
+        w = tape.op("Slice", [w, starts, *ends, starts], like=w)
     if group > 1:
         return w
-    return tape.op("Transpose", [w], {"perm": [1, 0, *range(2, 2 + win.rank)]})
+    turned = tape.op("Transpose", [w], {"perm": [1, 0, *range(2, 2 + win.rank)]})
+    turned.type, turned.shape = w.type, ir.Shape([c, m, *win.kernel])
+    return turned
 
 
 def _cut(tape: Tape, value: ir.Value, like: ir.Value, win: Window) -> ir.Value:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from onnxcompress.operators import constant
 from onnxcompress.train.rules.broadcasting import unbroadcast
+from onnxcompress.train.rules.masks import inside
 from onnxcompress.train.tape import (
     Gradients,
     Rule,
@@ -131,23 +132,26 @@ def prelu(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
 
 
 def clip(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
-    """The input gets what passes strictly inside the bounds, each bound what it cut off."""
-    dy, x = _only(given), required(node, 0)
+    """The input gets what passes strictly inside the bounds, each bound what it cut off.
+
+    The result lies strictly inside where the input does, so the input need not be kept.
+    """
+    dy, y = _only(given), node.outputs[0]
     lower, upper = present(node, 1), present(node, 2)
-    above = None if lower is None else tape.op("Greater", [x, lower])
-    below = None if upper is None else tape.op("Less", [x, upper])
 
-    def kept(*masks: ir.Value | None) -> ir.Value:
-        given = [m for m in masks if m is not None]
-        if not given:
-            return dy
-        mask = given[0] if len(given) == 1 else tape.op("And", given)
-        return tape.op("Mul", [dy, tape.cast(mask, x)])
+    def kept() -> ir.Value:
+        mask = inside(tape, y, lower, upper)
+        return dy if mask is None else tape.op("Mul", [dy, mask])
 
-    def cut(mask: ir.Value | None) -> Part:
-        return lambda: kept(None if mask is None else tape.op("Not", [mask]))
+    def cut(op_type: str, bound: ir.Value | None) -> Part:
+        def part() -> ir.Value:
+            beyond = tape.op(op_type, [required(node, 0), bound])
+            return tape.op("Mul", [dy, tape.cast(beyond, y)])
 
-    return _operands(tape, node, lambda: kept(above, below), cut(above), cut(below))
+        return part
+
+    parts = (kept, cut("LessOrEqual", lower), cut("GreaterOrEqual", upper))
+    return _operands(tape, node, *parts)
 
 
 def _times(tape: Tape, a: ir.Value, b: ir.Value) -> Part:
