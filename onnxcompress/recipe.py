@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from onnxcompress.contract import Pass
 from onnxcompress.errors import InputError, did_you_mean
 from onnxcompress.gates import Gate
 from onnxcompress.registry import Registry, installed
+from onnxcompress.train.augment import read_steps, write_steps
 from onnxcompress.train.settings import Training
 
 _KEYS = ("target", "gates", "train", "passes")
@@ -93,7 +94,10 @@ class Recipe:
             lines = (f"{g.metric} = {_toml(g.condition)}\n" for g in self.gates)
             parts.append("[gates]\n" + "".join(lines))
         if self.training is not None:
-            lines = (f"{k} = {_toml(v)}\n" for k, v in options.changed(self.training).items())
+            table = options.changed(replace(self.training, augment=()))
+            if self.training.augment:
+                table["augment"] = write_steps(self.training.augment)
+            lines = (f"{k} = {_toml(v)}\n" for k, v in table.items())
             parts.append("[train]\n" + "".join(lines))
         for pass_ in self.passes:
             table = {"name": pass_.name, **options.changed(pass_)}
@@ -152,11 +156,16 @@ def _training(table: Any, where: str) -> Training | None:
         return None
     if not isinstance(table, dict):
         raise InputError(f"{where}: write how to train as a table [train] of options")
-    return options.build(Training, cast("Mapping[str, Any]", table), f"{where}: train")
+    given = dict(cast("Mapping[str, Any]", table))
+    steps = read_steps(given.pop("augment", []), f"{where}: train: augment")
+    return replace(options.build(Training, given, f"{where}: train"), augment=steps)
 
 
 def _toml(value: Any) -> str:
-    """A bool, number, string or list of them as TOML, whose strings are JSON's but for DEL."""
+    """A bool, number, string, list or table of them as TOML; strings are JSON's but for DEL."""
+    if isinstance(value, dict):
+        table = cast("dict[str, Any]", value)
+        return f"{{{', '.join(f'{k} = {_toml(v)}' for k, v in table.items())}}}"
     if isinstance(value, list):
         return f"[{', '.join(_toml(v) for v in cast('list[Any]', value))}]"
     if isinstance(value, str):

@@ -13,6 +13,7 @@ from onnxcompress.errors import InputError
 from onnxcompress.gates import METRICS, Gate
 from onnxcompress.recipe import Recipe
 from onnxcompress.registry import Registry
+from onnxcompress.train.augment import Flip, Swap
 from onnxcompress.train.settings import Training
 
 
@@ -243,6 +244,10 @@ def test_how_to_train_is_a_table_that_reads_back():
     recipe = Recipe.from_text(text)
     assert recipe.training == Training(epochs=5, lr=0.01, features=("h",))
     assert Recipe.from_text(recipe.to_toml()) == recipe
+    steps = '[train]\naugment = [{swap = {probability = 0.4, inputs = ["ids"]}}, "flip"]\n'
+    recipe = Recipe.from_text(steps)
+    assert recipe.training == Training(augment=(Swap(0.4, inputs=("ids",)), Flip()))
+    assert Recipe.from_text(recipe.to_toml()) == recipe
     assert Recipe.from_text("").training is None
 
 
@@ -250,6 +255,7 @@ def test_how_to_train_is_a_table_that_reads_back():
     ("line", "sentence"),
     [
         ("epoch = 5", "did you mean 'epochs'"),
+        ('augment = ["flop"]', "train: augment: no step 'flop', did you mean 'flip'"),
         ("epochs = 0", "1 or more"),
         ('optimizer = "adam"', "did you mean 'adamw'"),
         ("lr = -1.0", "above 0"),

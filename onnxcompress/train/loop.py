@@ -317,7 +317,8 @@ def _pieces(batch_size: int, accumulate: int | None, fixed: int | None) -> int:
 
 def _bound(augment: Sequence[Augmentation], ports: Sequence[Port], step: Step) -> Augmentation:
     floats = [port.name for port in ports if port.dtype.kind == "f"]
-    return bound(augment, floats, next(iter(step.classes.values()), None))
+    others = [port.name for port in ports if port.name not in floats]
+    return bound(augment, floats, next(iter(step.classes.values()), None), others)
 
 
 def _silent(done: int, total: int, figures: Mapping[str, float]) -> None:

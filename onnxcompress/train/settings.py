@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Array
 from onnxcompress.errors import InputError
+from onnxcompress.train.augment import Augmentation
 from onnxcompress.train.optimizers import SGD, AdamW, Optimizer
 from onnxcompress.train.schedules import SCHEDULES
 
@@ -42,6 +43,8 @@ class Training:
     """Let zeros of a pruned student stay zeros."""
     batch_statistics: bool | None = None
     """Train batch normalizations with the statistics of batches; where not said, fresh ones."""
+    augment: tuple[Augmentation, ...] = ()
+    """Changes batches at random, after which the teacher is asked about them; see `augment`."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,6 +75,7 @@ class Training:
             "features": self.features,
             "trainable": self.trainable,
             "masks": masks_of(student) if self.keep_zeros else None,
+            "augment": self.augment,
             "batch_statistics": self.batch_statistics,
             "seed": self.seed,
         }

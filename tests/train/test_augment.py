@@ -20,6 +20,7 @@ from onnxcompress.train.augment import (
     Noise,
     RandomErase,
     Shift,
+    Swap,
     bound,
     one_hot,
     read_steps,
@@ -29,7 +30,7 @@ from onnxcompress.train.augment import (
 
 STEPS: list[Augmentation] = [
     *(Noise(0.3), Shift(2), Shift(3, mode="edge"), Shift(2, mode="reflect"), Shift(9, mode="wrap")),
-    *(Flip(), Flip(2, probability=1.0), Crop(), RandomErase(probability=1.0)),
+    *(Flip(), Flip(2, probability=1.0), Crop(), RandomErase(probability=1.0), Swap(0.5)),
     *(Mixup(classes=4), CutMix(classes=4), Compose((Noise(), Mixup(0.4, classes=4)))),
 ]
 
@@ -155,6 +156,19 @@ def test_targets_are_mixed_in_the_shares_of_the_inputs(
     np.testing.assert_allclose(found["teacher"], 3 * shares, atol=1e-5)
     np.testing.assert_allclose(found["labels"].sum(1), 1, atol=1e-6)
     assert found["labels"].dtype == np.float32
+
+
+def test_what_is_swapped_stays_at_its_place_and_goes_with_its_mask() -> None:
+    ids = np.arange(600).reshape(60, 10)
+    batch = {"ids": ids, "mask": ids * 2, "x": ids[:, :4].astype(np.float32), "n": ids[:, 0]}
+    found = Swap(0.3, inputs=("ids", "mask", "x", "n"))(batch, rng())
+    assert (found["ids"] % 10 == np.arange(10)).all()
+    np.testing.assert_array_equal(found["mask"], 2 * found["ids"])
+    np.testing.assert_array_equal(found["n"], batch["n"])
+    assert 0.25 < (found["ids"] != ids).mean() < 0.35
+    assert ((found["x"] != ids[:, :4]).mean(1) > 0).any()
+    bound_ = bound([Swap(0.3), Noise()], ["x"], others=["ids"])(batch, rng())
+    assert (bound_["ids"] != ids).any() and bound_["mask"] is batch["mask"]
 
 
 def test_mixing_mixes() -> None:

@@ -23,6 +23,8 @@ class Step(ABC):
 
     name: ClassVar[str]
     """In a recipe."""
+    floats: ClassVar[bool] = True
+    """Whether it changes floating point only."""
     inputs: tuple[str, ...] = ()
 
     @abstractmethod
@@ -32,14 +34,14 @@ class Step(ABC):
         """The arrays to change, by name.
 
         Raises:
-            InputError: if one that was named is not there or is not of floating point.
+            InputError: if one that was named is not there, or not of floating point as it must be.
         """
         for name in self.inputs:
             if name not in batch:
                 raise InputError(
                     f"{title(self)}: a batch has no array {name!r}{did_you_mean(name, batch)}"
                 )
-            if not is_float(batch[name]):
+            if self.floats and not is_float(batch[name]):
                 raise InputError(f"{title(self)}: {name!r} is {batch[name].dtype}, not floats")
         return {name: batch[name] for name in self.inputs or names_of_floats(batch)}
 

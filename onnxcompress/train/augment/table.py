@@ -10,8 +10,12 @@ from onnxcompress.errors import InputError, did_you_mean
 from onnxcompress.train.augment.alone import Crop, Flip, Noise, RandomErase, Shift
 from onnxcompress.train.augment.mixing import CutMix, Mixup
 from onnxcompress.train.augment.step import Augmentation, Step, title
+from onnxcompress.train.augment.swapping import Swap
 
-_KINDS: Final[tuple[type[Step], ...]] = (Noise, Shift, Flip, Crop, RandomErase, Mixup, CutMix)
+_KINDS: Final[tuple[type[Step], ...]] = (
+    *(Noise, Shift, Flip, Crop, RandomErase, Swap),
+    *(Mixup, CutMix),
+)
 _STEPS: Final = {kind.name: kind for kind in _KINDS}
 
 
