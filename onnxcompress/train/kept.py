@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -13,14 +14,11 @@ import onnx_ir as ir
 from onnxcompress.errors import InputError
 from onnxcompress.train.history import History
 from onnxcompress.train.task import Task
+from onnxcompress.train.written import Unwritable, read_back, written
 
 KEY: Final = "onnxcompress.model"
 """Its name among the metadata."""
-SETTINGS: Final = (
-    "epochs", "batch_size", "quantize", "trainable", "temperature", "label_weight",
-    "batch_statistics", "patience", "seed", "threads",
-)  # fmt: skip
-"""Arguments of `Model` that are numbers and words, and no paths."""
+_DAMAGED: Final = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,7 @@ class Kept:
     """Settings, history and how outputs are read."""
 
     settings: Mapping[str, Any]
+    """Arguments of `Model` by name; what cannot be written is left out."""
     history: History | None
     task: Task | None
 
@@ -38,7 +37,7 @@ class Kept:
             classes = None if self.task.classes is None else self.task.classes.tolist()
             task = {**asdict(self.task), "classes": classes}
         plain = {
-            "settings": {name: v for name, v in self.settings.items() if _is_plain(v)},
+            "settings": self._written(),
             "history": None if self.history is None else asdict(self.history),
             "task": task,
         }
@@ -46,9 +45,23 @@ class Kept:
         copy.metadata_props[KEY] = json.dumps(plain, sort_keys=True)
         return copy
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of settings that are of no kind of ours, such as callables."""
+        return tuple(name for name in self.settings if name not in self._written())
 
-def take_kept(model: ir.Model, where: str) -> Kept | None:
+    def _written(self) -> dict[str, Any]:
+        found = dict[str, Any]()
+        for name, value in self.settings.items():
+            with suppress(Unwritable):
+                found[name] = written(value)
+        return found
+
+
+def take_kept(model: ir.Model, where: str, names: Collection[str]) -> Kept | None:
     """What was kept in a model, which is taken out of it; None where there is nothing.
+
+    Of the settings, those of these names.
 
     Raises:
         InputError: if it cannot be read; `where` opens the sentence.
@@ -58,10 +71,10 @@ def take_kept(model: ir.Model, where: str) -> Kept | None:
         return None
     try:
         plain = json.loads(text)
-        settings = {n: _tupled(v) for n, v in plain["settings"].items() if n in SETTINGS}
+        settings = {n: read_back(v) for n, v in plain["settings"].items() if n in names}
         history = None if plain["history"] is None else History.of(plain["history"])
         return Kept(settings, history, _task(plain["task"], model))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (*_DAMAGED, InputError) as error:
         raise InputError(
             f"{where}: what its metadata {KEY!r} keep cannot be read ({error}): save it again"
         ) from error
@@ -77,14 +90,3 @@ def _task(plain: Any, model: ir.Model) -> Task | None:
     if task.output not in (known := [v.name for v in model.graph.outputs]):
         raise ValueError(f"it speaks of the output {task.output!r}, there are {known}")
     return task
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether JSON can hold it."""
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, cast("Sequence[Any]", value)))
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value

@@ -9,6 +9,7 @@ under their names, `train` (or `fit`) checks them, and what was learned stands i
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -36,7 +37,7 @@ from onnxcompress.train.compression import compress_trained
 from onnxcompress.train.distill import distill
 from onnxcompress.train.exact import to_train, when_trained
 from onnxcompress.train.history import History
-from onnxcompress.train.kept import KEY, SETTINGS, Kept, take_kept
+from onnxcompress.train.kept import KEY, Kept, take_kept
 from onnxcompress.train.losses import Loss, learns_classes
 from onnxcompress.train.optimizers import Optimizer
 from onnxcompress.train.predict import outputs_of
@@ -164,9 +165,7 @@ class Model:
             GateError: if what compression made misses a gate; the trained floats stay.
         """
         self._check()
-        recipe = (
-            Recipe.from_toml(self.recipe) if isinstance(self.recipe, str | Path) else self.recipe
-        )
+        recipe = _as_recipe(self.recipe)
         if recipe is not None and recipe.training is not None:
             raise InputError("the recipe has a table [train], but a Model is told how to train by "
                              "its arguments: move it there")  # fmt: skip
@@ -248,6 +247,8 @@ class Model:
         """
         found = self.predict(X)
         wanted: Array = np.asarray(Y)
+        if found.shape == (*wanted.shape, 1):
+            found = found[..., 0]
         if found.shape != wanted.shape:
             raise InputError(f"predictions are {list(found.shape)} but Y is {list(wanted.shape)}")
         if self._read_as().classes is not None:
@@ -268,24 +269,32 @@ class Model:
     def save(self, path: str | Path) -> Path:
         """Write an `.onnx` that any runtime takes, whole or not at all.
 
-        Its metadata keep the history, the classes and the settings that are numbers and words,
-        for `load`.
+        Its metadata keep the history, the classes, and the settings but student and teacher, as
+        data, for `load`. Callables and classes of your own are not kept, of which a warning tells.
 
         Raises:
-            InputError: if it cannot be written there.
+            InputError: if it cannot be written there, or the recipe is a file that is gone.
         """
-        kept = Kept({name: getattr(self, name) for name in SETTINGS}, self.history, self._task)
+        settings = {name: getattr(self, name) for name in _kept_names()}
+        settings["recipe"] = _as_recipe(self.recipe)
+        kept = Kept(settings, self.history, self._task)
+        if kept.left_out:
+            names = ", ".join(kept.left_out)
+            warnings.warn(f"{path} does not keep {names}, which is code of your own: set it again "
+                          "when the model is loaded (set_params)", stacklevel=2)  # fmt: skip
         return model_io.save(kept.within(self.model), path).model
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """A model that `save` wrote, or any other `.onnx`, which is then an untrained student.
 
+        One that was saved trains on as it did: from the weights that the file holds.
+
         Raises:
             InputError: if it cannot be read.
         """
         model = model_io.load(path)
-        kept = take_kept(model, str(path))
+        kept = take_kept(model, str(path), _kept_names())
         if kept is None:
             return cls(path)
         found = cls(path, **kept.settings)
@@ -455,10 +464,19 @@ class Model:
         return f"Model({', '.join(shown)})"
 
 
+def _kept_names() -> tuple[str, ...]:
+    """Those that a file keeps."""
+    return tuple(name for name in _names() if name not in ("student", "teacher"))
+
+
 @cache
 def _names() -> tuple[str, ...]:
     """The constructor's arguments."""
     return tuple(inspect.signature(Model).parameters)
+
+
+def _as_recipe(recipe: Recipe | str | Path | None) -> Recipe | None:
+    return Recipe.from_toml(recipe) if isinstance(recipe, str | Path) else recipe
 
 
 def _losses(loss: Loss | Sequence[Loss] | None) -> tuple[Loss, ...] | None:

@@ -1,5 +1,6 @@
 """`Model`: train, predict, save and load, and what it says of unsuitable arguments."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import pytest
 import onnxcompress as oc
 from onnxcompress.errors import GateError, InputError
 from onnxcompress.recipe import Recipe
+from onnxcompress.train.augment import Compose, Mixup, Noise, Swap
+from onnxcompress.train.clean import Cleaner, Detector
 from onnxcompress.train.losses import CrossEntropy, MeanSquared
 from onnxcompress.train.optimizers import AdamW
+from onnxcompress.train.schedules import linear, stepped, warm_up
 from onnxcompress.train.students import derive
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "segment_tabular"
@@ -87,6 +91,54 @@ def test_a_loaded_model_trains_on(trained, tmp_path):
     again = oc.Model.load(trained.save(tmp_path / "small.onnx")).set_params(epochs=1)
     again.train(X[FIT], Y[FIT])
     assert again.score(X[HELD], Y[HELD]) > 0.7
+
+
+SETTINGS = {
+    "loss": [CrossEntropy("logits", smoothing=0.1)],
+    "optimizer": AdamW(3e-3, betas=(0.8, 0.99)),
+    "schedule": warm_up(0.2, then=stepped(2)),
+    "augment": (Noise(0.01), Compose((Swap(0.05),)), Mixup(classes=7)),
+    "clean": Cleaner(outliers=Detector("OneClassSVM", options={"nu": 0.1})),
+    "recipe": Recipe.from_text('[[passes]]\nname = "prune_magnitude"\nsparsity = 0.1\n'),
+    "classes": tuple(range(7)),
+    "epochs": 2,
+}
+
+
+def test_what_was_saved_trains_on_as_it_did(tmp_path):
+    model = oc.Model(student(), **SETTINGS)
+    again = oc.Model.load(model.save(tmp_path / "m.onnx"))
+    kept = {name: v for name, v in again.get_params().items() if name in SETTINGS}
+    assert kept == SETTINGS | {"loss": tuple(SETTINGS["loss"])}
+    assert pickle.loads(pickle.dumps(again)).schedule == SETTINGS["schedule"]
+    for learning in (model, again):
+        learning.set_params(recipe=None).train(X[:100], Y[:100])
+    np.testing.assert_array_equal(again.outputs(X), model.outputs(X))
+
+
+def test_code_of_ones_own_is_not_kept_and_that_is_said(tmp_path):
+    model = oc.Model(TEACHER, epochs=3, augment=[lambda batch, rng: dict(batch)], schedule=linear)
+    with pytest.warns(UserWarning, match=r"does not keep augment, which is code of your own"):
+        path = model.save(tmp_path / "m.onnx")
+    again = oc.Model.load(path)
+    assert (again.augment, again.schedule, again.epochs) == ((), linear, 3)
+
+
+@pytest.mark.parametrize("setting", [
+    {"os.system": {"command": "true"}},
+    {"AdamW": {"lr": "much"}},
+    {"AdamW": {"lr": -1.0}},
+    {"AdamW": {"rate": 1.0}},
+    {"AdamW": 3},
+    {"AdamW": {}, "SGD": {}},
+    {"recipe": "[passes"},
+])  # fmt: skip
+def test_settings_that_nobody_wrote_are_refused(tmp_path, setting):
+    kept = {"settings": {"optimizer": setting}, "history": None, "task": None}
+    graph = oc.load(TEACHER)
+    graph.metadata_props["onnxcompress.model"] = json.dumps(kept)
+    with pytest.raises(InputError, match="save it again"):
+        oc.Model.load(oc.save(graph, tmp_path / "m.onnx").model)
 
 
 def test_classes_of_any_name_come_back(tmp_path):
@@ -199,6 +251,46 @@ def test_it_stands_in_scikit_learns_pipeline():
     chain = pipeline.Pipeline([("scale", preprocessing.StandardScaler()), ("model", copy)])
     chain.fit(X[FIT], Y[FIT])
     assert chain.score(X[HELD], Y[HELD]) > 0.6
+
+
+def test_it_stands_in_a_search_over_a_grid():
+    search = pytest.importorskip("sklearn.model_selection")
+    grid = {"optimizer": [AdamW(1e-5), AdamW(1e-2)], "schedule": [None, warm_up(0.1)]}
+    found = search.GridSearchCV(learner(epochs=2), grid, cv=2, error_score="raise")
+    found.fit(X[:300], Y[:300])
+    assert found.best_params_["optimizer"] == AdamW(1e-2)
+    assert found.best_estimator_.score(X[HELD], Y[HELD]) > 0.4
+
+
+def network(width):
+    """Ten inputs, one hidden layer, one value."""
+    proto = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 17]>
+    g (float[N,10] x) => (float[N,1] y) {
+      a = Gemm<transB=1>(x, w1, b1)
+      h = Relu(a)
+      y = Gemm<transB=1>(h, w2, b2)
+    }""")
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {"w1": (width, 10), "b1": (width,), "w2": (1, width), "b2": (1,)}
+    for name, shape in shapes.items():
+        array = (draw(shape) / np.sqrt(shape[-1])).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return ir.from_proto(proto)
+
+
+def test_values_of_real_data_are_learned_from_a_teacher_alone():
+    """Diabetes (Efron et al., Least angle regression, 2004), which linear models reach 0.5 on."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = datasets.load_diabetes(return_X_y=True)
+    x, y = (20 * x).astype(np.float32), ((y - y.mean()) / y.std()).astype(np.float32)
+    learned, held, few = slice(0, 342), slice(342, None), slice(0, 40)
+    options = {"optimizer": AdamW(1e-2, weight_decay=0.1), "epochs": 20}
+    teacher = oc.Model(network(32), **options).train(x[learned], y[learned])
+    alone = oc.Model(network(8), **options).train(x[few], y[few])
+    taught = oc.Model(network(8), teacher.model, **options).train(x[learned])
+    scores = [model.score(x[held], y[held]) for model in (teacher, alone, taught)]
+    assert scores[0] > 0.35
+    assert scores[2] > max(scores[1] + 0.05, scores[0] - 0.1), scores
 
 
 def test_unfitted_it_predicts_as_the_student_does():
