@@ -51,6 +51,27 @@ _NONE: Final = -1
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What a student is to learn: samples with a teacher's answers beside them, and losses."""
+
+    losses: tuple[Loss, ...]
+    pool: Mapping[str, Any]
+    held: Mapping[str, Any] | None
+    """Of the data to evaluate on."""
+    monitor: str
+    augment: tuple[Augmentation, ...]
+
+    @property
+    def samples(self) -> int:
+        return np.shape(self.pool[LABELS])[0]
+
+    @property
+    def labelled(self) -> int:
+        """How many of the samples have labels that are learned from."""
+        return _known(self.pool) if learns_classes(self.losses) else 0
+
+
+@dataclass(frozen=True)
 class Distilled:
     """A student that was taught, and how it went."""
 
@@ -130,6 +151,74 @@ def distill(
     al., FitNets (2015), for inner values.
     """
     model = to_train(student, by_batch=by_batch(student, batch_statistics))
+    lesson = prepare(
+        teacher,
+        model,
+        data,
+        unlabelled=unlabelled,
+        losses=losses,
+        temperature=temperature,
+        label_weight=label_weight,
+        features=features,
+        evaluate=evaluate,
+        monitor=monitor,
+        augment=augment,
+        cache=cache,
+        precision=precision,
+        executor=executor,
+        images=images,
+        asking=asking,
+    )
+    trained = train(
+        model,
+        lesson.pool,
+        losses=lesson.losses,
+        optimizer=optimizer,
+        schedule=schedule or warm_up(),
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        evaluate=lesson.held,
+        monitor=lesson.monitor,
+        patience=patience,
+        checkpoint=checkpoint,
+        augment=lesson.augment,
+        trainable=trainable,
+        masks=masks,
+        clip_norm=clip_norm,
+        batch_statistics=batch_statistics,
+        threads=threads,
+        progress=progress,
+    )
+    return Distilled(
+        when_trained(trained.model),
+        trained.history,
+        lesson.losses,
+        lesson.samples,
+        lesson.labelled,
+    )
+
+
+def prepare(
+    teacher: ir.Model,
+    model: ir.Model,
+    data: Any,
+    *,
+    unlabelled: Any = None,
+    losses: Sequence[Loss] | None = None,
+    temperature: float = 2.0,
+    label_weight: float = 1.0,
+    features: Mapping[str, str] | Sequence[str] = (),
+    evaluate: Any = None,
+    monitor: str | None = None,
+    augment: Sequence[Augmentation] = (),
+    cache: str | Path | None = None,
+    precision: Precision = "float16",
+    executor: Executor | None = None,
+    images: Images | None = None,
+    asking: Asking | None = None,
+) -> Lesson:
+    """Ask the teacher about the data, for a student `model`; as `distill`, which trains then."""
     told = run(teacher, ()).model
     infer(told)
     pool = _pooled(data, unlabelled, told, model, images)
@@ -145,35 +234,7 @@ def distill(
         monitor = monitor or ("accuracy" if _known(held) and learns_classes(chosen) else "loss")
     pool = _beside(pool, told, targets, options, asking)
     _check(pool, targets, read)
-    trained = train(
-        model,
-        pool,
-        losses=chosen,
-        optimizer=optimizer,
-        schedule=schedule or warm_up(),
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        evaluate=held,
-        monitor=monitor or "loss",
-        patience=patience,
-        checkpoint=checkpoint,
-        augment=_taught(augment, told, targets),
-        trainable=trainable,
-        masks=masks,
-        clip_norm=clip_norm,
-        batch_statistics=batch_statistics,
-        threads=threads,
-        progress=progress,
-    )
-    size = open_samples(pool, interface(told), ()).size
-    return Distilled(
-        when_trained(trained.model),
-        trained.history,
-        chosen,
-        size,
-        _known(pool) if learns_classes(chosen) else 0,
-    )
+    return Lesson(chosen, pool, held, monitor or "loss", _taught(augment, told, targets))
 
 
 def _pooled(
@@ -290,7 +351,8 @@ def before_softmax(value: ir.Value) -> tuple[ir.Value, bool]:
     """The scores behind an output, and whether they are of classes that exclude each other."""
     dims = None if value.shape is None else list(value.shape)
     scores = dims is not None and len(dims) > 1 and dims[-1] != 1
-    while (node := value.producer()) is not None and (source := node.inputs[0]) is not None:
+    inner = value
+    while (node := inner.producer()) is not None and (source := node.inputs[0]) is not None:
         if is_op(node, "Softmax", "LogSoftmax"):
             last = len(dims) - 1 if dims else -1
             return (
@@ -298,9 +360,11 @@ def before_softmax(value: ir.Value) -> tuple[ir.Value, bool]:
             )
         if is_op(node, "Sigmoid"):
             return source, False
-        if not is_op(node, "Identity"):
+        if not is_op(node, "Identity", "QuantizeLinear", "DequantizeLinear"):
             break
-        value = source
+        if inner is value and is_op(node, "Identity"):
+            value = source
+        inner = source
     return value, scores
 
 

@@ -50,6 +50,17 @@ class Tally:
     hits: float = 0.0
     labels: float = 0.0
 
+    @classmethod
+    def of(cls, found: Objective, values: Mapping[str, Array], samples: int) -> Tally:
+        """From the scalars that a run of the objective gave of some samples."""
+        losses = {LOSS: found.loss, **found.terms}
+        return cls(
+            samples,
+            {title: samples * float(values[name]) for title, name in losses.items()},
+            sum(float(values[hits]) for hits, _ in found.hits),
+            sum(float(values[labels]) for _, labels in found.hits),
+        )
+
     def __add__(self, other: Tally) -> Tally:
         names = dict.fromkeys((*self.sums, *other.sums))
         sums = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in names}
@@ -230,14 +241,7 @@ class Step:
     def _measure(self, binding: Binding, size: int, feed: Feed) -> Tally:
         binding.feed(feed)
         binding.run()
-        found, values = self._objective, self._scalars
-        losses = {LOSS: found.loss, **found.terms}
-        return Tally(
-            size,
-            {title: size * float(values[name]) for title, name in losses.items()},
-            sum(float(values[hits]) for hits, _ in found.hits),
-            sum(float(values[labels]) for _, labels in found.hits),
-        )
+        return Tally.of(self._objective, self._scalars, size)
 
     def _update(self, lr: float) -> None:
         clip = {} if self._clip_norm is None else {"clip": self._clip()}

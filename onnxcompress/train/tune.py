@@ -1,0 +1,221 @@
+"""Quantization-aware tuning: a quantized model trained as it is rounded, by what floats say.
+
+Its weights become floats behind quantizers (`fake_quantize`), learn like any student's, and settle
+to codes on the same grid. What comes out is never worse on held-out data than what came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.contract import Skip
+from onnxcompress.data import Data, Images, interface, open_data
+from onnxcompress.errors import InputError
+from onnxcompress.observe import Progress as Asking
+from onnxcompress.session import Session
+from onnxcompress.train.augment import Augmentation
+from onnxcompress.train.distill import Lesson, before_softmax, prepare
+from onnxcompress.train.fake_quantize import fake_quantize, settle
+from onnxcompress.train.history import History
+from onnxcompress.train.loop import Progress, train
+from onnxcompress.train.losses import CrossEntropy, Loss, MeanSquared
+from onnxcompress.train.objective import objective
+from onnxcompress.train.optimizers import AdamW, Optimizer
+from onnxcompress.train.samples import LABELS, TARGET, fixed_batch, from_npz, open_samples
+from onnxcompress.train.schedules import Schedule, warm_up
+from onnxcompress.train.settings import masks_of
+from onnxcompress.train.step import Tally
+from onnxcompress.train.task import learned_output
+from onnxcompress.train.teacher import Precision
+
+_HELD: Final = 5
+"""One in so many samples is held out."""
+_BATCH: Final = 256
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A quantized model with other codes, or as it came where no others were better."""
+
+    model: ir.Model
+    history: History
+    better: bool
+    """Whether it is better than what came in; else it is what came in."""
+    monitor: str
+    before: float
+    """The monitored figure of held-out data, as `after` by what is deployed, not by floats."""
+    after: float
+    """That of the tuned codes, kept or not."""
+    losses: tuple[Loss, ...]
+    samples: int
+    skips: tuple[Skip, ...]
+    """Codes that were not trained, and why not."""
+
+
+def tune(
+    quantized: ir.Model,
+    data: Any,
+    *,
+    teacher: ir.Model | None = None,
+    unlabelled: Any = None,
+    losses: Sequence[Loss] | None = None,
+    temperature: float = 2.0,
+    label_weight: float = 1.0,
+    features: Mapping[str, str] | Sequence[str] = (),
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    epochs: int = 10,
+    batch_size: int = 64,
+    seed: int = 0,
+    evaluate: Any = None,
+    monitor: str | None = None,
+    patience: int | None = None,
+    checkpoint: Path | None = None,
+    augment: Sequence[Augmentation] = (),
+    trainable: Sequence[str] = ("*",),
+    keep_zeros: bool = False,
+    clip_norm: float | None = None,
+    threads: int = 0,
+    cache: str | Path | None = None,
+    precision: Precision = "float16",
+    executor: Executor | None = None,
+    images: Images | None = None,
+    asking: Asking | None = None,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Train the codes of a quantized model, and its floats.
+
+    Arguments are those of `distill` but for
+
+    Args:
+        quantized: static or weights alone; not altered.
+        data: without labels, where there is a teacher.
+        teacher: the float model, or a better one; without it, labels or targets are learned.
+        optimizer: AdamW with a learning rate of 0.001 and no decay by default: decay pulls towards
+            zero, and a grid has one there already.
+        evaluate: to choose the best epoch by and to hold against what came in; the last fifth of
+            `data`, which is then not trained on, when None.
+        keep_zeros: weights that are zero stay zero, where there are enough to look pruned.
+
+    Raises:
+        InputError: if the model holds no codes to train, or as `distill` does.
+
+    Sources: Jacob et al., Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference, 2018; Bengio, Léonard and Courville, 2013, for gradients.
+    """
+    fake = fake_quantize(quantized)
+    if evaluate is None:
+        data, evaluate = _split(data, quantized, images)
+    if teacher is None and losses is None:
+        losses = _own_losses(fake.model, data)
+    lesson = prepare(
+        teacher or fake.model,
+        fake.model,
+        data,
+        unlabelled=unlabelled,
+        losses=losses,
+        temperature=temperature,
+        label_weight=label_weight,
+        features=features,
+        evaluate=evaluate,
+        monitor=monitor,
+        augment=augment,
+        cache=cache,
+        precision=precision,
+        executor=executor,
+        images=images,
+        asking=asking,
+    )
+    trained = train(
+        fake.model,
+        lesson.pool,
+        losses=lesson.losses,
+        optimizer=optimizer or AdamW(1e-3, weight_decay=0),
+        schedule=schedule or warm_up(),
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        evaluate=lesson.held,
+        monitor=lesson.monitor,
+        patience=patience,
+        checkpoint=checkpoint,
+        augment=lesson.augment,
+        trainable=trainable,
+        masks=masks_of(fake.model) if keep_zeros else None,
+        clip_norm=clip_norm,
+        threads=threads,
+        progress=progress,
+    )
+    result = settle(fake, trained.model)
+    before, after = (_figure(model, lesson) for model in (quantized, result))
+    better = after > before if lesson.monitor == "accuracy" else after < before
+    return Tuned(
+        model=result if better else quantized.clone(),
+        history=trained.history,
+        better=better,
+        monitor=lesson.monitor,
+        before=before,
+        after=after,
+        losses=lesson.losses,
+        samples=lesson.samples,
+        skips=fake.skips,
+    )
+
+
+def _figure(model: ir.Model, lesson: Lesson) -> float:
+    """The monitored figure of held-out data, all of the runtime's own rewrites applied."""
+    found = objective(model, lesson.losses, ())
+    session = Session(found.model, outputs=found.scalars)
+    dtypes = {v.name or "": v.dtype.numpy() for v in found.model.graph.inputs if v.dtype}
+    ports = interface(model)
+    samples = open_samples(lesson.held, ports, [name for name in found.targets if name in dtypes])
+    fixed, tally = fixed_batch(ports), Tally()
+    for feed in samples.stretches(fixed or _BATCH, whole=fixed is not None):
+        size = max(len(array) for array in feed.values() if array.ndim)
+        given = {name: np.asarray(feed[name], dtype) for name, dtype in dtypes.items()}
+        tally += Tally.of(found, session.run(given), size)
+    return tally.figures[lesson.monitor]
+
+
+def _split(data: Any, model: ir.Model, images: Images | None) -> tuple[Any, Any]:
+    """All but the last fifth of the samples, and that."""
+    arrays = from_npz(data) or data
+    ports = interface(model)
+    if not isinstance(arrays, Mapping):
+        return open_data(data, ports, images=images).split()
+    given = cast("Mapping[str, Any]", arrays)
+    step = fixed_batch(ports) or 1
+    size = min((np.shape(array)[0] for array in given.values() if np.shape(array)), default=0)
+    held = -(-size // _HELD // step) * step
+    if held >= size:
+        raise InputError(f"the data has {size} samples, too few to hold some out: give more, or "
+                         "data to evaluate on")  # fmt: skip
+    columns = {name: np.asarray(array) for name, array in given.items()}
+    learned = {n: a[: size - held] if a.ndim else a for n, a in columns.items()}
+    return learned, {n: a[size - held :] if a.ndim else a for n, a in columns.items()}
+
+
+def _own_losses(model: ir.Model, data: Any) -> tuple[Loss, ...]:
+    """What labels or targets are learned by where there is no teacher.
+
+    Raises:
+        InputError: if there are none.
+    """
+    value = learned_output(model)
+    scores, are_classes = before_softmax(value)
+    given = set(cast("Mapping[str, Any]", data)) if isinstance(data, Mapping) else set[str]()
+    if isinstance(data, Data) and data.labels is not None:
+        given.add(LABELS)
+    if TARGET in given:
+        return (MeanSquared(value.name or "", TARGET),)
+    if LABELS in given and are_classes:
+        return (CrossEntropy(scores.name or ""),)
+    raise InputError("there is nothing to tune by: give the float model as teacher, or labels of "
+                     "classes (or a target) among the data")  # fmt: skip
