@@ -54,6 +54,16 @@ def block_size() -> int | None:
     return size if (found == blocks.reshape(-1)).all() else None
 
 
+def is_by_size(graph: ir.Graph) -> bool:
+    """Whether the gradients of `graph` are faster for a known number of samples.
+
+    Those of depthwise kernels are: their convolution is one in as many groups as there are
+    channels in all samples, which is an attribute.
+    """
+    groups = (_group(node) for node in graph if node.op_type == "Conv")
+    return any(group > 1 for group in groups) and block_size() is not None
+
+
 def for_cpu(model: ir.Model, outputs: Sequence[str]) -> ir.Model:
     """`model` itself, which gives `outputs`, values of its main graph, in blocks where it can."""
     values = {v.name: v for v in values_of(model.graph)}
@@ -130,7 +140,7 @@ class _Rewrite:
         if x is None or w is None or dims is None or not self._suits(node):
             return False
         shape = sizes_of(w)
-        if x not in self._twins and math.prod(shape[2:]) == 1:
+        if x not in self._twins and _group(node) == math.prod(shape[2:]) == 1:
             return False  # a matrix product, which reordering would only slow down
         direct = _group(node) == 1 and shape[1] < self._size  # it reads channels as they were
         if direct and x in self._only:

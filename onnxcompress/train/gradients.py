@@ -23,7 +23,7 @@ LEAST_OPSET: Final = 18
 
 
 def add_gradients(
-    graph: ir.Graph, loss: ir.Value, wrt: Sequence[ir.Value]
+    graph: ir.Graph, loss: ir.Value, wrt: Sequence[ir.Value], block: int | None = None
 ) -> dict[ir.Value, ir.Value]:
     """Emit the backward pass of `loss` behind the nodes of `graph`.
 
@@ -43,6 +43,8 @@ def add_gradients(
             (`graph.inference.infer`); symbolic sizes are found at run time.
         loss: a float scalar of the graph, or a tensor whose sum is meant.
         wrt: graph inputs, initializers or inner values.
+        block: channels in a block, if `train.blocked` is to lay the graph out: what is fast then
+            is emitted, where all sizes are known.
 
     Returns:
         The gradient, of the same type and shape, of each value of `wrt` that `loss` depends on.
@@ -52,7 +54,7 @@ def add_gradients(
 
     Source: Griewank and Walther, Evaluating Derivatives (2008), the reverse mode.
     """
-    tape, found, skips = _backward(graph, loss, wrt)
+    tape, found, skips = _backward(graph, loss, wrt, block)
     if skips:
         tape.undo()
         named = "; ".join(f"{s.op} {s.node!r}: {s.reason}" for s in skips[:8])
@@ -69,7 +71,7 @@ def unsupported(graph: ir.Graph, loss: ir.Value, wrt: Sequence[ir.Value]) -> lis
 
 
 def _backward(
-    graph: ir.Graph, loss: ir.Value, wrt: Sequence[ir.Value]
+    graph: ir.Graph, loss: ir.Value, wrt: Sequence[ir.Value], block: int | None = None
 ) -> tuple[Tape, dict[ir.Value, ir.Value], list[Skip]]:
     if graph.opset_imports.get("", LEAST_OPSET) < LEAST_OPSET:
         raise InputError(
@@ -77,7 +79,7 @@ def _backward(
         )
     carrying = _carrying(graph, wrt)
     path = _between(graph, loss, carrying)
-    tape = Tape(graph, carrying)
+    tape = Tape(graph, carrying, block)
     pending: dict[ir.Value, list[ir.Value]] = {loss: [_seed(tape, loss)]}
     found: dict[ir.Value, ir.Value] = {}
     skips: list[Skip] = []

@@ -120,21 +120,31 @@ def _titles(losses: Sequence[Loss], values: Sequence[ir.Value]) -> dict[str, str
 
 
 def with_gradients(
-    found: Objective, trainable: Sequence[str], kept: Collection[str] = ()
+    found: Objective,
+    trainable: Sequence[str],
+    kept: Collection[str] = (),
+    *,
+    samples: int | None = None,
+    block: int | None = None,
 ) -> tuple[ir.Model, dict[str, str]]:
     """The objective's model with its backward pass, and names of the gradients by weight.
 
-    Batch normalizations whose statistics are in `kept` normalize with the batch's, whose names
-    stand beside the gradients.
+    Args:
+        kept: statistics whose batch normalizations normalize with the batch's, whose names stand
+            beside the gradients.
+        samples: in a batch; None: any number.
+        block: channels in a block, as `add_gradients` takes it.
 
     Raises:
         InputError: if a gradient cannot be had, or a weight has no effect on the loss.
     """
     copy = found.model.clone()
+    if samples is not None:
+        _fix_samples(copy, {*trainable, *kept}, samples)
     statistics = use_batch(copy.graph, kept)
     values = {v.name: v for v in values_of(copy.graph)}
     wrt = [values[name] for name in trainable]
-    gradients = add_gradients(copy.graph, values[found.loss], wrt)
+    gradients = add_gradients(copy.graph, values[found.loss], wrt, block)
     idle = [v.name for v in wrt if v not in gradients]
     if idle:
         more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
@@ -145,6 +155,22 @@ def with_gradients(
             gradient = tape.op("Identity", [gradient])  # an output is an output once
         names[value.name or ""] = gradient.name or ""
     return copy, names | statistics
+
+
+def _fix_samples(model: ir.Model, weights: Collection[str], samples: int) -> None:
+    """Let the first axis of what a batch holds have this size."""
+    graph = model.graph
+    batch = [v for v in graph.inputs if v.name not in weights and not v.is_initializer()]
+    firsts = {_symbol(v.shape[0]) for v in batch if v.shape is not None and len(v.shape)}
+    for value in (*batch, *graph.outputs):
+        if value.shape is not None:
+            named = [samples if _symbol(d) in firsts - {None} else d for d in value.shape]
+            value.shape = ir.Shape(named)
+    _infer(model)
+
+
+def _symbol(dim: int | ir.SymbolicDim) -> str | None:
+    return None if isinstance(dim, int) else dim.value
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from onnxcompress.errors import InputError
 from onnxcompress.session import Binding, Session
 from onnxcompress.train.augment import one_hot
 from onnxcompress.train.batch_statistics import LEAST, follow, kept_statistics
-from onnxcompress.train.blocked import for_cpu
+from onnxcompress.train.blocked import block_size, for_cpu, is_by_size
 from onnxcompress.train.losses import Loss
 from onnxcompress.train.objective import LOSS, Objective, objective, squares, update, with_gradients
 from onnxcompress.train.optimizers import Optimizer
@@ -36,6 +36,8 @@ Feed = Mapping[str, Array]
 _REMEDY: Final = (
     "lower the learning rate, clip gradients (clip_norm=1) or look for outliers in the data"
 )
+_SIZES: Final = 4
+"""Sizes of batches that sessions are kept for: whole ones, the last of an epoch, and pieces."""
 _MANY: Final = 4
 """Stretches of weights from which it is worth waking other threads."""
 
@@ -146,7 +148,12 @@ class Step:
         self._objective = objective(model, losses, list(self._weights))
         self._scalars = {name: aligned([]) for name in self._objective.scalars}
         self._inputs = _dtypes(self._objective, self._weights)
-        self._backward = self._bind_backward()
+        self._backward: dict[int | None, Binding] = {}
+        self._by_size = is_by_size(self._objective.model.graph)
+        if self._by_size:
+            self._with_gradients(None)  # what has no gradient is told before the first batch
+        else:
+            self._backward_of(None)
         self._updates = self._bind_updates()
         self.steps = 0
         """Updates so far."""
@@ -183,7 +190,7 @@ class Step:
         if self._accumulate > 1:
             self._total.fill(0)
         for size, part in parts:
-            tally += self._measure(self._backward, size, part)
+            tally += self._measure(self._backward_of(size), size, part)
             _check_finite(tally.sums[LOSS], "loss", self.steps + 1)
             if self._accumulate > 1:
                 self._flat["gradient"] *= np.float32(size / samples)
@@ -314,15 +321,28 @@ class Step:
             self._weights[name][found[name][1]] = 0
         return found
 
-    def _bind_backward(self) -> Binding:
-        weights = [name for name in self._weights if name not in self._momenta]
-        model, gradients = with_gradients(self._objective, weights, self._momenta)
+    def _backward_of(self, samples: int | None) -> Binding:
+        """Forward and backward of a batch, whatever its size unless that makes them faster."""
+        size = samples if self._by_size else None
+        if size not in self._backward:
+            if len(self._backward) == _SIZES:
+                del self._backward[next(iter(self._backward))]
+            self._backward[size] = self._bind_backward(size)
+        return self._backward[size]
+
+    def _bind_backward(self, samples: int | None) -> Binding:
+        model, gradients = self._with_gradients(samples)
         names = [*self._objective.scalars, *gradients.values()]
         model = for_cpu(model, names)
         session = Session(model, outputs=names, threads=self._threads, training=True)
         views = self._layout.views(self._flat["gradient"])
         found = {gradients[name]: view for name, view in views.items()}
         return session.bind(self._weights, {**self._scalars, **found})
+
+    def _with_gradients(self, samples: int | None) -> tuple[ir.Model, dict[str, str]]:
+        trained = [name for name in self._weights if name not in self._momenta]
+        options = {"samples": samples, "block": block_size()}
+        return with_gradients(self._objective, trained, self._momenta, **options)
 
     @cached_property
     def _forward(self) -> Binding:

@@ -24,10 +24,17 @@ class Tape:
     Args:
         graph: what to append to.
         wanted: the values whose gradients are asked for; None: all of them.
+        block: channels in a block, if convolutions will work on blocks (`train.blocked`).
     """
 
-    def __init__(self, graph: ir.Graph, wanted: Collection[ir.Value] | None = None) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        wanted: Collection[ir.Value] | None = None,
+        block: int | None = None,
+    ) -> None:
         self.graph = graph
+        self.block = block
         self.before: ir.Node | None = None
         """Where new nodes are put; None: to the end."""
         self._wanted = wanted
@@ -176,7 +183,7 @@ class Tape:
             if name is not None:
                 node.outputs[size - 1].name = name
             node.resize_outputs(size)
-        self.__init__(self.graph, self._wanted)
+        self.__init__(self.graph, self._wanted, self.block)
 
 
 Rule = Callable[[Tape, ir.Node, Gradients], Gradients]

@@ -16,6 +16,7 @@ from onnxcompress.graph.inference import infer
 from onnxcompress.session import Session
 from onnxcompress.train import blocked
 from onnxcompress.train.blocked import block_channels, block_size, for_cpu
+from onnxcompress.train.gradients import add_gradients
 from onnxcompress.train.losses import CrossEntropy
 from onnxcompress.train.optimizers import SGD
 from onnxcompress.train.step import Step
@@ -106,7 +107,7 @@ def _taken(given_layers: list[dict[str, Any]]) -> int:
     """All but points behind what is not in blocks."""
     count, in_blocks = 0, False
     for layer in given_layers:
-        is_taken = in_blocks or layer["w"][2] > 1
+        is_taken = in_blocks or layer["w"][2] > 1 or layer["options"]["group"] > 1
         count += is_taken
         in_blocks = is_taken and layer["after"] != ""
     return count
@@ -196,3 +197,36 @@ def test_without_blocks_training_is_the_same(monkeypatch: pytest.MonkeyPatch) ->
         found.append(step.weights())
     for name, array in found[0].items():
         np.testing.assert_allclose(array, found[1][name], atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_depthwise_kernels_of_known_sizes(data: st.DataObject) -> None:
+    """A window of any kind: its gradient is a convolution of samples by gradients, in blocks."""
+    kernel, strides, dilations = ([data.draw(st.integers(1, 3)) for _ in "hw"] for _ in range(3))
+    reach = [(k - 1) * d for k, d in zip(kernel, dilations, strict=True)]
+    pads = [data.draw(st.integers(0, r)) for r in reach * 2]
+    sizes = [data.draw(st.integers(r + 1, r + 7)) for r in reach]
+    options = f"pads = {pads}, strides = {strides}, dilations = {dilations}, group = {B}"
+    weights = {"w": normal(B, 1, *kernel)}
+    model = model_of(
+        f"""float[3,{B},{sizes[0]},{sizes[1]}] x, WEIGHTS) => (float y)
+        {{ c = Conv<{options}>(x, w) s = Mul(c, c) y = ReduceSum<keepdims = 0>(s) }}""",
+        **weights,
+    )
+    feed = {"x": normal(3, B, *sizes), **weights}
+    found: list[dict[str, np.ndarray]] = []
+    for block in (None, SIZE):
+        copy = model.clone()
+        values = {v.name: v for v in (*copy.graph.inputs, *copy.graph.outputs)}
+        loss = values["y"]
+        gradients = add_gradients(copy.graph, loss, [values["x"], values["w"]], block)
+        names = [gradients[values[n]].name or "" for n in "xw"]
+        if block:
+            copy.graph.outputs[:] = list(gradients.values())
+            assert block_channels(copy.graph, block) >= 2
+        found.append(Session(copy, outputs=names, optimization="none").run(feed))
+        found[-1] = dict(zip("xw", found[-1].values(), strict=True))
+    for name in "xw":
+        scale = np.abs(found[0][name]).max() + 1e-6
+        np.testing.assert_allclose(found[1][name] / scale, found[0][name] / scale, atol=2e-5)

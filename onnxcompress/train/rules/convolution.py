@@ -22,6 +22,9 @@ from onnxcompress.train.tape import (
     sizes_of,
 )
 
+_FEW: Final = 8
+"""Channels below which copying them together is slower than copying planes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -198,6 +201,12 @@ class Site:
     group: int
 
     @property
+    def is_static(self) -> bool:
+        """Whether all sizes are known, that of the batch too."""
+        sizes = [*(dims_of(self.data) or (None,)), *(dims_of(self.result) or (None,))]
+        return None not in sizes
+
+    @property
     def positions(self) -> float:
         """How many positions the result has; infinite where that is known at run time only."""
         sizes = (dims_of(self.result) or (None,))[2:]
@@ -215,7 +224,11 @@ def of_kernel(tape: Tape, site: Site) -> ir.Value:
     m, c, *kernel = sizes_of(site.weight)
     taps = math.prod(kernel)
     if site.group > 1 and c == 1 and m == site.group:
+        if tape.block and m % tape.block == 0 and len(kernel) == 2 and site.is_static:
+            return _by_blocks(tape, site, m)
         stacked, order, perm = _by_channel(tape, site), [taps, m], [1, 0]
+    elif site.group == 1 and c < _FEW < m and taps > 1:
+        stacked, order, perm = _by_plane(tape, site, m, c), [m, taps, c], [0, 2, 1]
     elif site.group == 1 and site.positions * (m + c) <= 2 * m * c:
         stacked, order, perm = _by_rows(tape, site, m, c), [taps, c, m], [2, 1, 0]
     elif site.group > 1 or site.window.is_point:
@@ -254,6 +267,50 @@ def _by_channel(tape: Tape, site: Site) -> ir.Value:
         for s in _seen(tape, site, _channels_last(tape, site, site.data), first=1)
     ]
     return _joined(tape, taps, axis=0)
+
+
+def _by_blocks(tape: Tape, site: Site, m: int) -> ir.Value:
+    """(M, 1, h, w): depthwise again, the data of each sample and channel by its gradient's kernel.
+
+    A tap is a position of the result, and what strode dilates.
+    """
+    win = site.window
+    n, _, *sizes = sizes_of(site.data)
+    results = sizes_of(site.result, first=2)
+    data = tape.op("Reshape", [site.data, tape.ints(1, n * m, *sizes)])
+    kernel = tape.op("Reshape", [site.gradient, tape.ints(n * m, 1, *results)])
+    for value, shape in ((data, [1, n * m, *sizes]), (kernel, [n * m, 1, *results])):
+        value.type, value.shape = site.weight.type, ir.Shape(shape)
+    ends = [
+        (result - 1) * stride + extent - size - begin
+        for result, stride, extent, size, begin in zip(
+            results, win.strides, win.extents, sizes, win.begins, strict=True
+        )
+    ]
+    turned = Window(results, win.dilations, win.strides, win.begins, tuple(max(e, 0) for e in ends))
+    taps = tape.op("Conv", [data, kernel], {**turned.attributes, "group": n * m})
+    counts = [
+        (size + begin + end - extent) // stride + 1
+        for size, begin, end, extent, stride in zip(
+            sizes, turned.begins, turned.ends, turned.extents, turned.strides, strict=True
+        )
+    ]
+    taps.type, taps.shape = site.weight.type, ir.Shape([1, n * m, *counts])
+    taps = tape.op("Reshape", [taps, tape.ints(n, m, 1, *counts)])
+    total = _over_samples(tape, taps)
+    if counts == list(win.kernel):
+        return total
+    axes = tape.ints(*range(2, 2 + win.rank))
+    return tape.op("Slice", [total, tape.ints(*[0] * win.rank), tape.ints(*win.kernel), axes])
+
+
+def _by_plane(tape: Tape, site: Site, m: int, c: int) -> ir.Value:
+    """(M, taps·C): as by sample, of so few channels that a plane is longer than all of them."""
+    lines = tape.op("Reshape", [site.gradient, tape.ints(0, m, -1)])
+    seen = _joined(tape, list(_seen(tape, site, site.data, first=2)), axis=1)
+    rows = tape.op("Reshape", [seen, tape.ints(0, c * math.prod(site.window.kernel), -1)])
+    flipped = tape.op("Transpose", [rows], {"perm": [0, 2, 1]})
+    return _over_samples(tape, tape.op("MatMul", [lines, flipped]))
 
 
 def _by_group(tape: Tape, site: Site, m: int, c: int) -> ir.Value:
