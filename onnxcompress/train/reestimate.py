@@ -9,24 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress.contract import Array, Kind, Result, Skip, Want
+from onnxcompress.contract import Array, Result, Skip
 from onnxcompress.data import Data, Images, interface, open_data
 from onnxcompress.errors import InputError
 from onnxcompress.graph.linear import is_op
-from onnxcompress.graph.scopes import reads
-from onnxcompress.observe import observe
 from onnxcompress.operators import constant
 from onnxcompress.train.batch_statistics import normalizations
-from onnxcompress.train.tape import Tape
-
-_BATCH: Final = 32
-_FAR: Final = 8.0
-"""Standard deviations from what was subtracted to the mean from which squares lose digits."""
+from onnxcompress.train.moments import in_levels, moments
 
 Norm = tuple[ir.Node, tuple[ir.Value, ir.Value]]
 Progress = Callable[[int, int], None]
@@ -68,10 +62,9 @@ def reestimate(
         raise InputError("the model has no batch normalization with statistics of its own: they "
                          "are folded into weights, or there are none")  # fmt: skip
     source = open_data(data, interface(copy), images=images)
-    levels = _levels(copy.graph, found)
+    levels = in_levels(copy.graph, dict(found))
     for done, level in enumerate(levels, 1):
-        if _count(copy, level, source, executor):
-            _count(copy, level, source, executor)
+        _count(copy, level, source, executor)
         if progress is not None:
             progress(done, len(levels))
     skips = _skipped(copy.graph, {node for node, _ in found})
@@ -84,60 +77,19 @@ def _skipped(graph: ir.Graph, done: Collection[ir.Node]) -> tuple[Skip, ...]:
     return tuple(Skip(n.name or n.outputs[0].name or "", n.op_type, reason) for n in left)
 
 
-def _levels(graph: ir.Graph, norms: Sequence[Norm]) -> list[list[Norm]]:
-    """The normalizations by how many of them lie before each on the longest path."""
-    own, depths = dict(norms), dict[ir.Value, int]()
-    levels = list[list[Norm]]()
-    for node in graph:
-        depth = max((depths.get(v, 0) for v in reads(node)), default=0)
-        if node in own:
-            if depth == len(levels):
-                levels.append([])
-            levels[depth].append((node, own[node]))
-            depth += 1
-        depths |= dict.fromkeys(node.outputs, depth)
-    return levels
+def _count(model: ir.Model, norms: Sequence[Norm], data: Data, executor: Executor | None) -> None:
+    guesses = dict[str, Array]()
+    for norm, (mean, _) in norms:
+        guess = constant(mean)
+        assert guess is not None
+        guesses[_read(norm)] = guess
+    found = moments(model, guesses, data, executor)
+    for norm, pair in norms:
+        for value, array in zip(pair, found[_read(norm)], strict=True):
+            value.const_value = ir.Tensor(array.astype(np.float32), name=value.name)
 
 
-def _count(model: ir.Model, norms: Sequence[Norm], data: Data, executor: Executor | None) -> bool:
-    """Set statistics by what normalizations read; whether they were too far off to be exact.
-
-    Var x = E (x - s)² - (E (x - s))², with s the mean that was there.
-    """
-    copy = model.clone()
-    tape, wants = Tape(copy.graph), list[tuple[Want, Want]]()
-    nodes = {node.outputs[0].name: node for node in copy.graph}
-    for norm, _ in norms:
-        rest = _less_mean(tape, nodes[norm.outputs[0].name])
-        square = tape.op("Mul", [rest, rest])
-        wants.append((_mean_of(rest), _mean_of(square)))
-    feeds = data.batches(_BATCH)
-    seen = observe(copy, feeds, [want for pair in wants for want in pair], executor=executor)
-    far = False
-    for (_, (mean, variance)), (first, second) in zip(norms, wants, strict=True):
-        for want in seen.missing((first, second)):
-            raise InputError(f"{mean.name!r} cannot be counted: {seen.reasons[want]}")
-        moved = seen.mean(first.value, 1)
-        spread = np.maximum(seen.mean(second.value, 1) - np.square(moved), 0)
-        far |= bool((np.square(moved) > _FAR**2 * spread).any())
-        _set(mean, moved + constant(mean))
-        _set(variance, spread)
-    return far
-
-
-def _less_mean(tape: Tape, node: ir.Node) -> ir.Value:
-    """What the node reads, less the mean that it keeps: a normalization that scales nothing."""
-    x, scale, _, mean, _ = node.inputs
-    assert scale is not None and scale.shape is not None
-    sizes = tuple(d for d in scale.shape if isinstance(d, int))
-    one, zero = (tape.constant(np.full(sizes, number, np.float32)) for number in (1, 0))
-    old = {"is_test": 1} if "is_test" in node.attributes else {}
-    return tape.op("BatchNormalization", [x, one, zero, mean, one], {"epsilon": 0.0, **old})
-
-
-def _mean_of(value: ir.Value) -> Want:
-    return Want(value.name or "", Kind.MEAN, axis=1)
-
-
-def _set(value: ir.Value, array: Array) -> None:
-    value.const_value = ir.Tensor(array.astype(np.float32), name=value.name)
+def _read(norm: ir.Node) -> str:
+    x = norm.inputs[0]
+    assert x is not None
+    return x.name or ""
