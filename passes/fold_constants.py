@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Array, Pass, Result, Skip
 from onnxcompress.graph.evaluate import EVALUATED, Tensors, Undecided, evaluation
-from onnxcompress.graph.scopes import Declared, subgraphs
+from onnxcompress.graph.scopes import Declared, nodes_within, subgraphs
 from onnxcompress.operators import DEFAULT_DOMAINS, constant_tensor
 
 _LARGE: Final = 1 << 20
@@ -82,7 +82,7 @@ class _Folding:
     def __post_init__(self) -> None:
         self.declared = Declared(self.model)
         for graph in (self.model.graph, *self.model.functions.values()):
-            for node in ir.traversal.RecursiveGraphIterator(graph):
+            for node in nodes_within(graph):
                 self.uses.update(v for v in node.inputs if v is not None)
 
     def visit(

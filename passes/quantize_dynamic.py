@@ -15,6 +15,7 @@ from onnxcompress.contract import Pass, Result, Skip
 from onnxcompress.graph.placement import matches
 from onnxcompress.graph.quantized_weights import WeightStore
 from onnxcompress.graph.rewriting import become
+from onnxcompress.graph.scopes import nodes_within
 from onnxcompress.numerics.rows import row_bounds, row_sqnr
 from onnxcompress.operators import (
     DEFAULT_DOMAINS,
@@ -229,7 +230,7 @@ def _skip(node: ir.Node, reason: str) -> Skip:
 
 def _nodes(graph: ir.Graph | ir.Function) -> Iterator[ir.Node]:
     """The nodes of the graph and its subgraphs that could be quantized."""
-    for node in ir.traversal.RecursiveGraphIterator(graph):
+    for node in nodes_within(graph):
         if node.op_type in _REFUSALS and node.domain in DEFAULT_DOMAINS:
             yield node
 

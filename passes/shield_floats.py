@@ -13,6 +13,7 @@ from onnxcompress.contract import Pass, Result, Skip
 from onnxcompress.graph.names import FreshNames
 from onnxcompress.graph.packed_weights import packed
 from onnxcompress.graph.rewriting import initializer
+from onnxcompress.graph.scopes import nodes_within
 from onnxcompress.operators import (
     DEFAULT_DOMAINS,
     Role,
@@ -57,7 +58,7 @@ class ShieldFloats(Pass):
             return Result(model, modified=False)
         fresh = FreshNames(graph)
         shielded, skips = 0, list[Skip]()
-        for node in list(ir.traversal.RecursiveGraphIterator(graph)):
+        for node in list(nodes_within(graph)):
             way = _way_from_integers(node)
             if way is None:
                 continue

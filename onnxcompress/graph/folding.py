@@ -33,6 +33,7 @@ from onnxcompress.graph.linear import (
     tensor_of,
 )
 from onnxcompress.graph.names import FreshNames
+from onnxcompress.graph.scopes import nodes_within
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Folding:
         for graph in (self.model.graph, *self.model.functions.values()):
             self.opset = opset_version(graph.opset_imports, default)
             self._as_nodes = isinstance(graph, ir.Function) or (self.model.ir_version or 0) < 4
-            yield list(ir.traversal.RecursiveGraphIterator(graph))
+            yield list(nodes_within(graph))
 
     def into_producer(self, node: ir.Node, value: ir.Value | None, affine: Affine) -> None:
         """Fold `node`, which computes `affine` of `value`, into the operator behind `value`.

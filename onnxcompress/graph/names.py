@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from onnxcompress.graph.scopes import subgraphs, values_of
+from onnxcompress.graph.scopes import scopes, subgraphs, values_of
 
 
 class FreshNames:
     """Names that no value or node has in any scope of the given graphs and functions."""
 
     def __init__(self, *roots: ir.Graph | ir.Function) -> None:
-        scopes = [scope for root in roots for scope in (root, *root.subgraphs())]
-        self._taken = {v.name for scope in scopes for v in values_of(scope)}
-        self._taken |= {node.name for scope in scopes for node in scope}
+        found = [scope for root in roots for scope in scopes(root)]
+        self._taken = {v.name for scope in found for v in values_of(scope)}
+        self._taken |= {node.name for scope in found for node in scope}
         self._copies: Counter[str] = Counter()
 
     def __call__(self, base: str) -> str:
@@ -36,9 +36,12 @@ def make_unique(model: ir.Model) -> None:
     operators of other domains are left alone, since some find their inputs by name; a function's
     values have a scope of their own. Linear in the number of values.
     """
+    bodies = list(_standard_subgraphs(model.graph))
+    if not bodies:
+        return
     fresh = FreshNames(model.graph)
     seen = {v.name for v in values_of(model.graph)}
-    for graph in _standard_subgraphs(model.graph):
+    for graph in bodies:
         for value in values_of(graph):
             if value.name and value.name in seen:
                 value.name = fresh(value.name)
@@ -47,7 +50,7 @@ def make_unique(model: ir.Model) -> None:
 
 def _standard_subgraphs(graph: ir.Graph) -> Iterator[ir.Graph]:
     for node in graph:
-        if node.domain != "":
+        if node.domain != "" or not node.attributes.data:
             continue
         for inner in subgraphs(node):
             yield inner

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Skip
 from onnxcompress.graph.quantized_weights import dequantizer_of
+from onnxcompress.graph.scopes import nodes_within
 from onnxcompress.numerics.affine import affine, dequantize, quantize
 from onnxcompress.numerics.fidelity import Fidelity
 from onnxcompress.operators import (
@@ -79,7 +80,7 @@ def place(
         refused: nodes that cannot be quantized for another reason, which is given.
     """
     plan = Placement()
-    nodes = list(ir.traversal.RecursiveGraphIterator(graph))
+    nodes = list(nodes_within(graph))
     opset = graph.opset_imports.get("", 0)
     carried = _spread(nodes, opset, target, wanted, refused or {}, plan)
     _trim(nodes, target, plan)

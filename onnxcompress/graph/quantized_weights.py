@@ -327,7 +327,7 @@ def computed(integers: Callable[[], Array], dtype: str, shape: Sequence[int]) ->
     kind = ir.DataType[dtype.upper()]
     if math.prod(shape) > _LAZY_SIZE:
         return ir.LazyTensor(lambda: ir.tensor(integers(), kind), kind, ir.Shape(shape))
-    return ir.tensor(integers(), kind)
+    return ir.Tensor(integers(), kind)  # ir.tensor would ask a Protocol what it is
 
 
 def kernel_axes(node: ir.Node, rank: int) -> list[int]:

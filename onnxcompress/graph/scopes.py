@@ -12,11 +12,30 @@ from onnxcompress.operators import constant_tensor
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     """The bodies of a control-flow node: the graphs that its attributes hold."""
-    for attribute in node.attributes.values():
+    # Behind `data` is a dict, whose values come without a call of Python code for each.
+    for attribute in node.attributes.data.values():
         if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
             yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
             yield from attribute.as_graphs()
+
+
+def scopes(root: ir.Graph | ir.Function) -> Iterator[ir.Graph | ir.Function]:
+    """A graph or function and all bodies within it, outermost first."""
+    yield root
+    for node in root:
+        if node.attributes.data:
+            for body in subgraphs(node):
+                yield from scopes(body)
+
+
+def nodes_within(root: ir.Graph | ir.Function) -> Iterator[ir.Node]:
+    """The nodes of a graph or function, those of its bodies behind each node that holds them."""
+    for node in root:
+        yield node
+        if node.attributes.data:
+            for body in subgraphs(node):
+                yield from nodes_within(body)
 
 
 def reads(node: ir.Node) -> list[ir.Value]:
@@ -41,7 +60,7 @@ def sources(values: Iterable[ir.Value]) -> set[ir.Value]:
 def values_of(scope: ir.Graph | ir.Function) -> list[ir.Value]:
     """What the scope itself defines, without the bodies in it."""
     outputs = chain.from_iterable(node.outputs for node in scope)
-    initializers = scope.initializers.values() if isinstance(scope, ir.Graph) else ()
+    initializers = scope.initializers.data.values() if isinstance(scope, ir.Graph) else ()
     return list(dict.fromkeys(chain(scope.inputs, initializers, outputs)))
 
 
@@ -74,7 +93,7 @@ class Names:
     def __init__(self, root: ir.Graph | ir.Function) -> None:
         seen: set[str | None] = set()
         self._repeated: set[str | None] = set()
-        for graph in (root, *root.subgraphs()):
+        for graph in scopes(root):
             for value in values_of(graph):
                 (self._repeated if value.name in seen else seen).add(value.name)
 

@@ -13,12 +13,15 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Array
 from onnxcompress.errors import InputError
+from onnxcompress.graph.scopes import scopes
 from onnxcompress.model_io.mapped import MappedFile, MappedTensor
 
 Tensor = ir.TensorProtocol
 Put = Callable[[Tensor], None]
 
+_TENSORS = (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS)
 _DENSE_LIMIT = 1 << 31  # bytes of a sparse tensor's dense form
+_REMEMBERED = 1 << 10  # bytes of an array up to which it is kept
 _SPARSE = "onnxcompress:sparse:"
 
 
@@ -28,24 +31,22 @@ def slots(model: ir.Model) -> Iterator[tuple[Tensor, Put]]:
     Initializers and tensor attributes, in subgraphs and functions too.
     """
     functions = list(model.functions.values())
-    inner = chain.from_iterable(function.subgraphs() for function in functions)
-    for graph in (model.graph, *model.graph.subgraphs(), *inner):
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                yield value.const_value, _put_value(value)
-        yield from _attribute_slots(graph)
-    for function in functions:
-        yield from _attribute_slots(function)
+    for scope in chain.from_iterable(map(scopes, (model.graph, *functions))):
+        if isinstance(scope, ir.Graph):
+            for value in scope.initializers.values():
+                if value.const_value is not None:
+                    yield value.const_value, _put_value(value)
+        yield from _attribute_slots(scope)
 
 
 def _attribute_slots(nodes: ir.Graph | ir.Function) -> Iterator[tuple[Tensor, Put]]:
     for node in nodes:
-        for attribute in tuple(node.attributes.values()):
-            if attribute.is_ref():
+        for attribute in tuple(node.attributes.data.values()):
+            if attribute.type not in _TENSORS or attribute.is_ref():
                 continue
             if attribute.type == ir.AttributeType.TENSOR:
                 yield attribute.as_tensor(), _put_attribute(node, attribute)
-            elif attribute.type == ir.AttributeType.TENSORS:
+            else:
                 for index, tensor in enumerate(attribute.as_tensors()):
                     yield tensor, _put_element(node, attribute.name, index)
 
@@ -114,6 +115,8 @@ class Source:
             if isinstance(tensor, ir.ExternalTensor):
                 sparse = self._sparse.get(tensor.path)
                 return self._dense(sparse) if sparse else self._map(tensor)
+            if type(tensor) is ir.TensorProtoTensor:
+                tensor = _Remembering(tensor.raw)
             _check_size(tensor)
         except (ValueError, KeyError) as error:
             raise InputError(
@@ -232,6 +235,37 @@ def _check_size(tensor: Tensor) -> None:
         return
     if have != need:
         raise ValueError(f"has {have} values or bytes where its dims need {need}")
+
+
+class _Remembering(ir.TensorProtoTensor):
+    """A tensor of the protocol buffer that makes its shape, type and small array once.
+
+    Passes ask for them dozens of times, and onnx_ir's own makes them anew each time.
+    """
+
+    __slots__ = ("_array", "_dtype", "_shape")
+
+    def __init__(self, proto: onnx.TensorProto) -> None:
+        super().__init__(proto)
+        self._shape, self._dtype = super().shape, super().dtype
+        self._array: Array | None = None
+
+    @property
+    def shape(self) -> ir.Shape:
+        return self._shape
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return self._dtype
+
+    def numpy(self) -> Array:
+        if self._array is not None:
+            return self._array
+        array = super().numpy()
+        if array.nbytes <= _REMEMBERED:
+            array.flags.writeable = False
+            self._array = array
+        return array
 
 
 def _proto_sizes(tensor: ir.TensorProtoTensor) -> tuple[int, int]:

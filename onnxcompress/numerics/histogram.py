@@ -104,8 +104,10 @@ class RangeFreeHistogram:
             counts[np.searchsorted(buckets, self.buckets)] = self.counts
         bits = buckets.astype(np.uint32) << np.uint32(16)
         centres = (bits | np.where(bits == 0, 0, 0x8000).astype(np.uint32)).view(np.float32)
-        order = np.argsort(centres)
-        return np.clip(centres[order], ends[0], ends[1]), counts[order]
+        # Negative ones come last, the largest of them first.
+        split = int(np.searchsorted(buckets, _NEGATIVE_ZERO))
+        x = np.concatenate([centres[split:][::-1], centres[:split]])
+        return np.clip(x, ends[0], ends[1]), np.concatenate([counts[split:][::-1], counts[:split]])
 
 
 class HistogramBuilder:

@@ -27,13 +27,10 @@ def largest_pair_sum(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     Returns:
         (C,), never less than the largest magnitude in the row.
     """
-    if rows.shape[1] % 2:
-        rows = np.pad(rows, ((0, 0), (0, 1)))
-    pairs = rows.reshape(len(rows), -1, 2)
-    wide = np.float64 if np.issubdtype(rows.dtype, np.floating) else np.int32
-    positive = np.maximum(pairs, 0).sum(axis=2, dtype=wide).max(axis=1, initial=0)
-    negative = np.maximum(-pairs.astype(wide), 0).sum(axis=2).max(axis=1, initial=0)
-    return np.maximum(positive, negative).astype(np.float64)
+    rows = rows.astype(np.float64 if rows.dtype.kind == "f" else np.int32)
+    # A pair of one sign comes to its sum; one of two signs to its larger weight, beyond its sum.
+    single = np.abs(rows).max(axis=1, initial=0)
+    return np.maximum(single, np.abs(_pair_sums(rows)).max(axis=1, initial=0)).astype(np.float64)
 
 
 def trim_pairs(rows: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
@@ -42,11 +39,19 @@ def trim_pairs(rows: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
     Rounding can lift a pair one or two steps over a bound that held before it; the larger
     weight of the pair gives way, by those steps.
     """
-    padded = np.pad(rows.astype(np.int16, order="C"), ((0, 0), (0, rows.shape[1] % 2)))
-    pairs = padded.reshape(-1, 2)
-    for sign in (1, -1):
-        left, right = np.maximum(sign * pairs[:, 0], 0), np.maximum(sign * pairs[:, 1], 0)
-        over = np.flatnonzero(left + right > PAIR_LIMIT)
-        larger = np.where(left[over] >= right[over], 0, 1)
-        pairs[over, larger] -= sign * (left[over] + right[over] - PAIR_LIMIT)
-    return padded[:, : rows.shape[1]].astype(np.int8)
+    wide = rows.astype(np.int16)
+    sums = _pair_sums(wide)
+    row, pair = np.nonzero(np.abs(sums) > PAIR_LIMIT)
+    if not len(row):
+        return rows
+    left = 2 * pair
+    larger = left + (np.abs(wide[row, left]) < np.abs(wide[row, left + 1]))
+    over = sums[row, pair]
+    wide[row, larger] -= np.sign(over) * (np.abs(over) - PAIR_LIMIT)
+    return wide.astype(np.int8)
+
+
+def _pair_sums(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(C, K // 2); the last of an odd number has no partner."""
+    even = rows.shape[1] // 2 * 2
+    return rows[:, 0:even:2] + rows[:, 1:even:2]

@@ -111,8 +111,26 @@ def expected_error(
         steps: intervals between the lowest and the highest integer.
         averaged: elements that a mean is taken of next, 1 where there is none.
     """
+    return _error_by_moments(x, _moments(x, counts), low, high, steps, averaged)
+
+
+def _moments(x: Array, counts: Array) -> Array:
+    """Prefix sums of counts · x**k for k = 0, 1, 2: [3, n + 1]."""
+    weighed = counts * x
+    moments = np.zeros((3, len(x) + 1))
+    np.cumsum([counts, weighed, counts * np.square(x)], axis=1, out=moments[:, 1:])
+    return moments
+
+
+def _error_by_moments(
+    x: Array,
+    moments: Array,
+    low: npt.ArrayLike,
+    high: npt.ArrayLike,
+    steps: int,
+    averaged: float,
+) -> Array:
     low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-    moments = [np.concatenate([[0.0], np.cumsum(counts * x**power)]) for power in range(3)]
 
     def between(first: Array, last: Array) -> list[Array]:
         return [moment[last] - moment[first] for moment in moments]
@@ -134,15 +152,15 @@ def _least_error(
     x: Array, counts: Array, full: Range, steps: int, symmetric: bool, averaged: float
 ) -> Range:
     """A grid over both bounds (one where symmetric or one-sided), refined around its best."""
-    best = full
+    best, moments = full, _moments(x, counts)
     lows, highs = (bound * _COARSE if bound else np.zeros(1) for bound in full)
     for _ in range(_ROUNDS):
         if symmetric:
-            errors = expected_error(x, counts, -highs, highs, steps, averaged)
+            errors = _error_by_moments(x, moments, -highs, highs, steps, averaged)
             i = j = int(np.argmin(errors))
             best = (-float(highs[i]), float(highs[i]))
         else:
-            errors = expected_error(x, counts, lows[:, None], highs, steps, averaged)
+            errors = _error_by_moments(x, moments, lows[:, None], highs, steps, averaged)
             i, j = (int(k) for k in np.unravel_index(int(np.argmin(errors)), errors.shape))
             best = (float(lows[i]), float(highs[j]))
         lows, highs = _around(lows, i), _around(highs, j)
