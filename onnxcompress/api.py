@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -18,8 +19,9 @@ from onnxcompress.model_io import load
 from onnxcompress.observe import Observations, Progress, observe
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.prune_magnitude import PruneMagnitude
-from onnxcompress.pipeline import Outcome, run
+from onnxcompress.pipeline import Outcome, Record, run
 from onnxcompress.train.clean import Cleaner
+from onnxcompress.train.renormalize import renormalize
 
 ModelLike = ir.Model | str | Path
 Started = Callable[[str], None]
@@ -143,20 +145,39 @@ def prune(
     model: ModelLike,
     sparsity: float | None = None,
     *,
+    calibrate: Any = None,
+    samples: int = SAMPLES,
+    images: Images | None = None,
     started: Started | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Outcome:
     """Set the weights of least magnitude to zero, after the exact rewrites.
 
     Args:
         sparsity: share of weights to zero, in [0, 1).
+        calibrate: inputs, over which the outputs of layers then get back the means and variances
+            that they had (`train.renormalize`), which is worth much where much is pruned.
+        samples: how many of its feeds are read at most.
         options: those of `PruneMagnitude`.
 
     Raises:
-        InputError: if the model cannot be loaded or the options make no sense.
+        InputError: if the model or the data cannot be loaded or the options make no sense.
     """
-    passes: tuple[Pass, ...] = (*schemes.exact(), PruneMagnitude(sparsity=sparsity, **options))
-    return run(as_model(model), passes, started=started, copy=_is_held(model))
+    cut, held = PruneMagnitude(sparsity=sparsity, **options), _is_held(model)
+    model = as_model(model)
+    if calibrate is None:
+        return run(model, (*schemes.exact(), cut), started=started, copy=held)
+    floats = run(model, schemes.exact(), started=started, copy=held)
+    done = run(floats.model, (cut,), started=started)
+    data = as_data(calibrate, floats.model, images).first(samples)
+    if started is not None:
+        started("renormalize")
+    begin = time.perf_counter()
+    found = renormalize(done.model, floats.model, data, progress=progress)
+    seconds = time.perf_counter() - begin
+    record = Record("renormalize", {}, found.modified, found.skips, found.figures, seconds)
+    return Outcome(found.model, (*floats.records, *done.records, record), None)
 
 
 def load_statistics(path: str | Path) -> Observations:

@@ -204,7 +204,12 @@ def calibrate(
 @click.command(
     cls=Verb,
     epilog=flags.epilog(
-        flags.examples("prune model.onnx -o sparse.onnx --sparsity 0.5 --exclude Gather")
+        flags.examples(
+            "prune model.onnx -o sparse.onnx --sparsity 0.5 --exclude Gather",
+            "prune model.onnx -o sparse.onnx --sparsity 0.8 --calibrate inputs.npz",
+        ),
+        flags.DATA,
+        flags.IMAGES,
     ),
 )
 @flags.model
@@ -221,8 +226,23 @@ def calibrate(
 )
 @flags.include
 @flags.exclude
+@click.option(
+    "--calibrate",
+    metavar="DATA",
+    help="Inputs over which layers then get back the means and variances of their outputs.",
+)
+@flags.samples
+@flags.images
 @flags.as_json
-def prune(model: Path, output: Path, as_json: bool, **options: Any) -> None:
+def prune(
+    model: Path,
+    output: Path,
+    calibrate: str | None,
+    samples: int,
+    images: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Set the least of the weights of MODEL to zero.
 
     Applies the exact rewrites first.
@@ -230,7 +250,11 @@ def prune(model: Path, output: Path, as_json: bool, **options: Any) -> None:
     from onnxcompress import api
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    _rewrite("prune", model, output, as_json, lambda stage: api.prune(model, **given))
+    given |= {"calibrate": calibrate, "samples": samples, "images": flags.read_images(images)}
+    _rewrite(
+        *("prune", model, output, as_json),
+        lambda stage: api.prune(model, progress=stage("renormalizing"), **given),
+    )
 
 
 def _rewrite(

@@ -16,9 +16,8 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress.contract import Array, Result
+from onnxcompress.contract import Array, Result, Skip
 from onnxcompress.data import Data, Images, interface, open_data
-from onnxcompress.errors import InputError
 from onnxcompress.graph.inference import infer
 from onnxcompress.graph.linear import is_op
 from onnxcompress.graph.names import FreshNames
@@ -54,7 +53,7 @@ def renormalize(
         executor: runs parts of the data in other processes.
 
     Raises:
-        InputError: if no layer of both has one name, or the data does not suit the model.
+        InputError: if the data does not suit the model.
 
     Source: Jordan et al., REPAIR: REnormalizing Permuted Activations for Interpolation Repair
     (2022), where it mends averages of models, and, last section, pruned ones.
@@ -63,9 +62,8 @@ def renormalize(
     infer(copy)
     sites = _sites(copy, like)
     if not sites:
-        raise InputError("no layer of the model has an output of the name of one of the other's "
-                         "that others follow: give the model that it was made of, after the same "
-                         "rewrites")  # fmt: skip
+        why = "no layer whose output others read has the name of one of the other model's"
+        return Result(copy, modified=False, skips=(Skip("", "", why),))
     source = open_data(data, interface(copy), images=images)
     wanted = _of_level(like, list(sites.items()), source, executor)
     fresh, levels = FreshNames(copy.graph), in_levels(copy.graph, sites)

@@ -22,7 +22,7 @@ from onnxcompress import api
 from onnxcompress.contract import Array
 from onnxcompress.model_io import load
 from onnxcompress.session import Session
-from onnxcompress.train.augment import Augmentation
+from onnxcompress.train.augment import Augmentation, Swap
 from onnxcompress.train.distill import distill
 from onnxcompress.train.loop import train
 from onnxcompress.train.losses import CrossEntropy
@@ -54,6 +54,7 @@ class Task:
     """At which pruning hurts."""
     recovery: int = 60
     """Epochs in the calibration data to recover from that."""
+    recovery_rate: float = 1e-3
     augment: tuple[Augmentation, ...] = ()
 
 
@@ -140,7 +141,7 @@ def _recovered(task: Task, seeds: int, quick: bool, held: list[Goal]) -> list[st
             teacher,
             pruned,
             inputs,
-            optimizer=AdamW(task.rate / 3, weight_decay=0),
+            optimizer=AdamW(task.recovery_rate, weight_decay=0),
             epochs=1 if quick else task.recovery,
             batch_size=32,
             seed=seed,
@@ -273,8 +274,8 @@ TASKS = (
     Task(name="vowel_lstm", samples=_vowels, student="frames", rate=3e-3, batch=32,
          label_epochs=200, epochs=100),
     Task(name="name_language", samples=_names, student="drop:3+narrow:0.5", rate=1e-3, batch=128,
-         label_epochs=20, epochs=5, sparsity=0.8),
+         label_epochs=20, epochs=5, sparsity=0.8, recovery=150, augment=(Swap(),)),
     Task(name="photo_digits", samples=_digits, student="narrow:0.5", rate=2e-3, batch=64,
-         label_epochs=12, epochs=4, sparsity=0.8),
+         label_epochs=12, epochs=4, sparsity=0.8, recovery_rate=7e-4),
 )  # fmt: skip
 """The student of `vowel_lstm` is no part of its teacher: it reads frames one by one."""

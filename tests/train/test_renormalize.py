@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
-import pytest
 
 import onnxcompress as oc
-from onnxcompress.errors import InputError
 from onnxcompress.session import Session
 from onnxcompress.train.renormalize import renormalize
 
@@ -101,13 +101,25 @@ def test_channels_that_have_died_are_set_and_not_blown_up():
     np.testing.assert_allclose(found, max(a.mean(), 0), atol=1e-4)
 
 
-def test_models_that_share_no_layer_are_refused():
+def test_models_that_share_no_layer_are_left_alone():
     other = build()
     for node in other.graph:
         for value in node.outputs:
             value.name = f"other_{value.name}"
-    with pytest.raises(InputError, match="no layer of the model"):
-        renormalize(build(), other, {"x": X})
+    found = renormalize(build(), other, {"x": X})
+    assert not found.modified and "no layer" in found.skips[0].reason
+
+
+def test_pruning_with_data_does_it(tmp_path: Path):
+    whole, path = build(), tmp_path / "inputs.npz"
+    np.savez(path, x=X)
+    plain = oc.prune(whole, 0.6, min_elements=0).model
+    found = oc.prune(whole, 0.6, min_elements=0, calibrate=path)
+    assert found.records[-1].name == "renormalize" and found.records[-1].modified
+    wanted = values(whole, "y")["y"]
+    errors = [np.square(values(m, "y")["y"] - wanted).mean() for m in (plain, found.model)]
+    assert errors[1] < errors[0]
+    np.testing.assert_array_equal(_weight(whole, "w1"), _weight(build(), "w1"))
 
 
 def _weight(model: ir.Model, name: str) -> np.ndarray:
