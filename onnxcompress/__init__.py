@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from onnxcompress.recipe import Recipe
     from onnxcompress.report import Report
     from onnxcompress.train.model import Model
+    from onnxcompress.tuning import tune
 
     __version__: str
 
@@ -42,6 +43,7 @@ _MODULES = {
     "recipe": ("Recipe",),
     "report": ("Report",),
     "train.model": ("Model",),
+    "tuning": ("tune",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -73,6 +75,7 @@ __all__ = [
     "quantize",
     "run",
     "save",
+    "tune",
     "validate",
 ]
 

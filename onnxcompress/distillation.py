@@ -25,6 +25,7 @@ from onnxcompress.train import distill as taught
 from onnxcompress.train.distill import Distilled
 from onnxcompress.train.settings import Training
 from onnxcompress.train.students import derive, is_spec
+from onnxcompress.train.tune import tune
 from onnxcompress.variants import Stage, silent, versions
 
 
@@ -70,7 +71,8 @@ def distill(
         training: how to train; the recipe's table, or the defaults, when None.
         quantize: a scheme to quantize the student by, with compensation (thorough) and calibrated
             on the same inputs; float stays float when None.
-        recipe: passes to run on the student instead.
+        recipe: passes to run on the student instead; with a table `[tune]`, what they made of it
+            is tuned by the teacher.
         samples: feeds that calibration reads at most.
         cache, executor: of the teacher's answers; see `train.teacher.teacher_outputs`.
         stage: told of each stage; called with what is done of it.
@@ -110,7 +112,22 @@ def distill(
         watch = api.observer(as_data(calibration, found.model, images), samples) if passes else None
         outcome = run(found.model, passes, observer=watch)
     told = f"{found.samples} samples, {found.labelled} of them with labels"
-    return Distillation(outcome.model, found, outcome.records, (*notes, f"trained on {told}"))
+    model, notes = outcome.model, (*notes, f"trained on {told}")
+    if recipe is not None and recipe.tuning is not None:
+        tuned = tune(
+            model,
+            data,
+            teacher=master,
+            unlabelled=unlabelled,
+            cache=cache,
+            executor=executor,
+            images=images,
+            asking=lambda done, total: begin("asking the teacher again")(done, total),
+            progress=lambda done, total, _: begin("tuning")(done, total),
+            **recipe.tuning.arguments(model),
+        )
+        model, notes = tuned.model, (*notes, *(f"tuned: {note}" for note in tuned.notes))
+    return Distillation(model, found, outcome.records, notes)
 
 
 def distill_files(
@@ -145,7 +162,7 @@ def distill_files(
         notes = (f"the last {len(held)} of {len(learned) + len(held)} feeds were held out",)
     made = distill(master, student, learned, images=images, samples=samples, stage=stage, **options)
     save(made.model, output)
-    if _faces(master) == _faces(made.model):
+    if same_interface(master, made.model):
         report = validate(teacher, output, data=held, samples=samples, images=images,
                           threads=threads)  # fmt: skip
     else:
@@ -169,6 +186,7 @@ def _inputs(data: Any, model: ir.Model) -> Any:
     return {port.name: arrays[port.name] for port in interface(model)}
 
 
-def _faces(model: ir.Model) -> tuple[list[str | None], ...]:
-    """The names of what a model takes and gives."""
-    return [v.name for v in model.graph.inputs], [v.name for v in model.graph.outputs]
+def same_interface(a: ir.Model, b: ir.Model) -> bool:
+    """Whether two models take and give values of the same names."""
+    names = [[[v.name for v in vs] for vs in (m.graph.inputs, m.graph.outputs)] for m in (a, b)]
+    return names[0] == names[1]

@@ -86,8 +86,9 @@ def compress(
     blocks = {name: value for name, value in blocks.items() if value is not None}
     if blocks and scheme != "weights":
         raise InputError(f"{next(iter(blocks))} belongs to the weights scheme: leave it out")
-    if recipe is not None and recipe.training is not None:
-        raise InputError("the recipe's table [train] is for distill: leave it out to compress")
+    if recipe is not None and (recipe.training is not None or recipe.tuning is not None):
+        raise InputError("the recipe's tables [train] and [tune] are for distill: leave them out "
+                         "to compress")  # fmt: skip
     job = Job(
         source=Path(source),
         target=recipe.target if recipe else target,

@@ -9,7 +9,8 @@
     name = "insert_qdq"
     activations = "uint8"
 
-A table `[train]` holds the options of `distill`, which trains before it runs the passes.
+A table `[train]` holds the options of `distill`, which trains before it runs the passes, a table
+`[tune]` those of `tune`, which trains what they quantized.
 
 Strict: an unknown key, pass, option or value is refused with the nearest known one.
 """
@@ -21,7 +22,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from onnxcompress import options, targets
 from onnxcompress.contract import Pass
@@ -29,10 +30,11 @@ from onnxcompress.errors import InputError, did_you_mean
 from onnxcompress.gates import Gate
 from onnxcompress.registry import Registry, installed
 from onnxcompress.train.augment import read_steps, write_steps
-from onnxcompress.train.settings import Training
+from onnxcompress.train.settings import Training, Tuning
 
-_KEYS = ("target", "gates", "train", "passes")
+_KEYS = ("target", "gates", "train", "passes", "tune")
 _MAX_BYTES = 1 << 20
+_Kind = TypeVar("_Kind", bound=Training)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Recipe:
     gates: tuple[Gate, ...] = ()
     training: Training | None = None
     """How a student is trained first, where there is one."""
+    tuning: Tuning | None = None
+    """How what the passes quantized is trained, if it is."""
 
     @classmethod
     def from_toml(cls, path: str | Path, registry: Registry | None = None) -> Recipe:
@@ -84,7 +88,8 @@ class Recipe:
             _passes(table.get("passes", []), where, registry),
             _target(table.get("target", "cpu"), where),
             _gates(table.get("gates", {}), where),
-            _training(table.get("train"), where),
+            _training(table.get("train"), Training, "train", where),
+            _training(table.get("tune"), Tuning, "tune", where),
         )
 
     def to_toml(self) -> str:
@@ -94,14 +99,12 @@ class Recipe:
             lines = (f"{g.metric} = {_toml(g.condition)}\n" for g in self.gates)
             parts.append("[gates]\n" + "".join(lines))
         if self.training is not None:
-            table = options.changed(replace(self.training, augment=()))
-            if self.training.augment:
-                table["augment"] = write_steps(self.training.augment)
-            lines = (f"{k} = {_toml(v)}\n" for k, v in table.items())
-            parts.append("[train]\n" + "".join(lines))
+            parts.append("[train]\n" + _options(self.training))
         for pass_ in self.passes:
             table = {"name": pass_.name, **options.changed(pass_)}
             parts.append("[[passes]]\n" + "".join(f"{k} = {_toml(v)}\n" for k, v in table.items()))
+        if self.tuning is not None:
+            parts.append("[tune]\n" + _options(self.tuning))
         return "\n".join(parts)
 
 
@@ -151,14 +154,21 @@ def _gates(table: Any, where: str) -> tuple[Gate, ...]:
         raise InputError(f"{where}: {error}") from error
 
 
-def _training(table: Any, where: str) -> Training | None:
+def _training(table: Any, kind: type[_Kind], key: str, where: str) -> _Kind | None:
     if table is None:
         return None
     if not isinstance(table, dict):
-        raise InputError(f"{where}: write how to train as a table [train] of options")
+        raise InputError(f"{where}: write how to {key} as a table [{key}] of options")
     given = dict(cast("Mapping[str, Any]", table))
-    steps = read_steps(given.pop("augment", []), f"{where}: train: augment")
-    return replace(options.build(Training, given, f"{where}: train"), augment=steps)
+    steps = read_steps(given.pop("augment", []), f"{where}: {key}: augment")
+    return replace(options.build(kind, given, f"{where}: {key}"), augment=steps)
+
+
+def _options(training: Training) -> str:
+    table = options.changed(replace(training, augment=()))
+    if training.augment:
+        table["augment"] = write_steps(training.augment)
+    return "".join(f"{k} = {_toml(v)}\n" for k, v in table.items())
 
 
 def _toml(value: Any) -> str:

@@ -12,8 +12,9 @@ from onnxcompress.cli.compress import compress
 from onnxcompress.cli.distill import distill
 from onnxcompress.cli.examine import bench, inspect, validate
 from onnxcompress.cli.rewrite import calibrate, optimize, prune, quantize
+from onnxcompress.cli.tune import tune
 
-_VERBS = (compress, optimize, quantize, calibrate, prune, distill, validate, bench, inspect)
+_VERBS = (compress, optimize, quantize, calibrate, prune, distill, tune, validate, bench, inspect)
 
 
 @click.group(epilog=flags.EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})

@@ -17,6 +17,8 @@ from onnxcompress.pipeline import Outcome, run
 from onnxcompress.recipe import Recipe
 from onnxcompress.report import ModelFile, Report, check
 from onnxcompress.train.samples import LABELS, TARGET
+from onnxcompress.train.settings import Tuning
+from onnxcompress.train.tune import tune
 from onnxcompress.variants import set_beside, silent, versions
 
 
@@ -36,12 +38,16 @@ def compress_trained(
     scheme: Quantization | None,
     inputs: Mapping[str, Array],
     held: Mapping[str, Array],
+    *,
+    tuning: Tuning | None = None,
+    teacher: ir.Model | None = None,
 ) -> Compressed:
-    """Quantize with compensation, or run a recipe, and compare with the trained model.
+    """Quantize with compensation, or run a recipe, tune it, and compare with the trained model.
 
     Args:
         inputs: samples to calibrate on, by input name.
         held: samples to compare on, with `labels` or `target` where there are any.
+        tuning: how to tune what was quantized, by what the teacher or the trained model says.
 
     Raises:
         InputError: if passes, model and samples do not suit each other.
@@ -54,7 +60,13 @@ def compress_trained(
         outcome = quantize(model, own, scheme=scheme, effort="thorough")
     else:
         outcome = None
+    notes = tuple[str, ...]()
+    if outcome is not None and tuning is not None:
+        tuned = tune(outcome.model, inputs, teacher=teacher or model,
+                     **tuning.arguments(outcome.model))  # fmt: skip
+        outcome, notes = replace(outcome, model=tuned.model), tuned.notes
     report = _report(model, outcome, recipe, _compared(held, names))
+    report = replace(report, notes=(*report.notes, *(f"tuned: {note}" for note in notes)))
     reasons = [gate.reason for gate in report.gates if not gate.passed]
     if report.validation:
         reasons = [*report.validation.failures, *reasons]

@@ -43,6 +43,7 @@ from onnxcompress.train.optimizers import Optimizer
 from onnxcompress.train.predict import outputs_of
 from onnxcompress.train.samples import LABELS, Samples
 from onnxcompress.train.schedules import Schedule
+from onnxcompress.train.settings import Tuning
 from onnxcompress.train.students import derive, is_spec
 from onnxcompress.train.task import (
     Task,
@@ -75,6 +76,8 @@ class Model:
         augment: steps on batches, see `augment`.
         clean: True or a `Cleaner` drops samples that are not finite or far out.
         quantize: how, after training; "static" is calibrated on X, with compensation.
+        tune_epochs: times through X that what `quantize` or the recipe made is then tuned by what
+            the teacher (or the trained floats) say; see `tune`. A recipe's table [tune] has more.
         classes: what the scores stand for, in order, where the labels are no numbers of them.
         trainable: patterns of the weights to train; see `parameters.trainable_weights`.
         temperature, label_weight: of distillation; see `distill`.
@@ -104,6 +107,7 @@ class Model:
         augment: Sequence[Augmentation] = (),
         clean: Cleaner | bool | None = None,
         quantize: Quantization | None = None,
+        tune_epochs: int = 0,
         classes: Sequence[Any] | None = None,
         trainable: Sequence[str] = ("*",),
         temperature: float = 2.0,
@@ -124,6 +128,7 @@ class Model:
         self.augment = augment
         self.clean = clean
         self.quantize = quantize
+        self.tune_epochs = tune_epochs
         self.classes = classes
         self.trainable = trainable
         self.temperature = temperature
@@ -199,7 +204,13 @@ class Model:
         self._model, self._task, self._session = student, task, None
         self.history = history
         compressed = compress_trained(
-            student, recipe, cast("Quantization | None", self.quantize), inputs, held or data
+            student,
+            recipe,
+            cast("Quantization | None", self.quantize),
+            inputs,
+            held or data,
+            tuning=self._tuning(recipe),
+            teacher=teacher,
         )
         self.report = replace(
             compressed.report, training=history, notes=(*notes, *compressed.report.notes)
@@ -318,7 +329,8 @@ class Model:
         return self
 
     def _check(self) -> None:
-        for name, least in (("epochs", 0), ("batch_size", 1), ("seed", 0), ("threads", 0)):
+        bounds = ("epochs", 0), ("tune_epochs", 0), ("batch_size", 1), ("seed", 0), ("threads", 0)
+        for name, least in bounds:
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or value < least:
                 raise InputError(f"{name} is {value!r} but must be a whole number from {least} on")
@@ -329,10 +341,19 @@ class Model:
             if not hasattr(loss, "emit"):
                 raise InputError(f"loss holds {loss!r}, which is no loss: take CrossEntropy() or "
                                  "another of onnxcompress.train.losses")  # fmt: skip
+        if self.tune_epochs and self.quantize is None and self.recipe is None:
+            raise InputError("tune_epochs tune what was quantized: give quantize or a recipe too")
         if self.quantize is not None and self.recipe is not None:
             raise InputError(
                 "a recipe says how to compress, and so does quantize: give one of them"
             )
+
+    def _tuning(self, recipe: Recipe | None) -> Tuning | None:
+        if recipe is not None and recipe.tuning is not None:
+            return recipe.tuning
+        names = ("batch_size", "temperature", "seed")
+        settings = {name: getattr(self, name) for name in names}
+        return Tuning(epochs=self.tune_epochs, **settings) if self.tune_epochs else None
 
     def _student(self, teacher: ir.Model | None, data: Any) -> ir.Model:
         """A student of our own, as it is before training."""

@@ -81,6 +81,20 @@ class Training:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tuning(Training):
+    """Options of quantization-aware tuning."""
+
+    epochs: int = 10
+    weight_decay: float = 0.0
+
+    def arguments(self, student: ir.Model) -> dict[str, Any]:
+        """What `train.tune.tune` takes."""
+        found = super().arguments(student)
+        del found["masks"]  # of floats, which a quantized model has not yet
+        return found | {"keep_zeros": self.keep_zeros}
+
+
 def masks_of(model: ir.Model) -> dict[str, Array]:
     """Where pruned weights are not zero: those of two or more axes that have their share of zeros.
 

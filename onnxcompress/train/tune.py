@@ -58,6 +58,16 @@ class Tuned:
     skips: tuple[Skip, ...]
     """Codes that were not trained, and why not."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How it went, a sentence each."""
+        figures = (
+            f"{self.monitor} on held-out data {self.before:.4g} before, {self.after:.4g} after"
+        )
+        said = figures if self.better else f"nothing was better, so it is as it came: {figures}"
+        stay = [f"not trained: {s.op} {s.node!r}: {s.reason}" for s in self.skips]
+        return (f"trained on {self.samples} samples", said, *stay)
+
 
 def tune(
     quantized: ir.Model,
@@ -82,6 +92,7 @@ def tune(
     trainable: Sequence[str] = ("*",),
     keep_zeros: bool = False,
     clip_norm: float | None = None,
+    batch_statistics: bool | None = None,
     threads: int = 0,
     cache: str | Path | None = None,
     precision: Precision = "float16",
@@ -150,6 +161,7 @@ def tune(
         trainable=trainable,
         masks=masks_of(fake.model) if keep_zeros else None,
         clip_norm=clip_norm,
+        batch_statistics=batch_statistics,
         threads=threads,
         progress=progress,
     )
