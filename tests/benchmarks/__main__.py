@@ -24,6 +24,7 @@ from tests.benchmarks import (
     ladder,
     thorough,
     train_step,
+    tune,
 )
 from tests.benchmarks.cases import Setting
 from tests.benchmarks.job import ROOT
@@ -37,6 +38,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Setting], Iterator[str]]]] = {
     "growth": ("How cost grows with nodes and weights", growth.tables),
     "train_step": ("A training step beside PyTorch's", train_step.tables),
     "distillation": ("What a teacher is worth to a student", distillation.tables),
+    "tune": ("What tuning gives back of few bits", tune.tables),
     "corpus": ("Exact passes on the models of the onnx wheel", corpus.tables),
 }
 

@@ -54,7 +54,6 @@ class Task:
     """At which pruning hurts."""
     recovery: int = 60
     """Epochs in the calibration data to recover from that."""
-    recovery_rate: float = 1e-3
     augment: tuple[Augmentation, ...] = ()
 
 
@@ -66,15 +65,16 @@ def tables(setting: Setting) -> Iterator[str]:
     header = ("model", "student", "labels", "teacher", "student's start", "labels alone",
               "distilled", "gap closed", "int8")  # fmt: skip
     yield from table(header, (_taught(task, seeds, setting.quick, held) for task in chosen))
-    header = ("model", "sparsity", "samples", "float", "pruned", "recovered", "of what was lost")
+    header = ("model", "sparsity", "samples", "float", "pruned", "renormalized", "taught",
+              "of what was lost")  # fmt: skip
     pruned = [task for task in chosen if task.sparsity]
     yield from table(header, (_recovered(task, seeds, setting.quick, held) for task in pruned))
     yield from goals(held)
 
 
 def _taught(task: Task, seeds: int, quick: bool, held: list[Goal]) -> list[str]:
-    teacher, evaluation = _model(task)
-    best = _score(teacher, evaluation)
+    teacher, evaluation = model_of(task)
+    best = score(teacher, evaluation)
     try:
         runs = [_run(task, teacher, evaluation, seed, quick) for seed in range(seeds)]
     except ImportError as error:
@@ -90,10 +90,10 @@ def _taught(task: Task, seeds: int, quick: bool, held: list[Goal]) -> list[str]:
              bound=0.3, unit="points"),
     ]  # fmt: skip
     return [
-        *(task.name, task.student, str(int(runs[0][0])), _percent(best)),
-        *map(_spread, (start, alone, distilled)),
-        _percent(closed),
-        _spread(small),
+        *(task.name, task.student, str(int(runs[0][0])), percent(best)),
+        *map(spread, (start, alone, distilled)),
+        percent(closed),
+        spread(small),
     ]
 
 
@@ -126,35 +126,40 @@ def _run(
     )
     small = api.quantize(distilled.model, rest, effort="thorough")
     models = (student, alone.model, distilled.model, small.model)
-    return (count, *(_score(model, evaluation) for model in models))
+    return (count, *(score(model, evaluation) for model in models))
 
 
 def _recovered(task: Task, seeds: int, quick: bool, held: list[Goal]) -> list[str]:
-    """A pruned teacher taught by the whole one on its calibration data; its zeros stay."""
-    teacher, evaluation = _model(task)
-    pruned = api.prune(teacher, task.sparsity).model
+    """A pruned teacher renormalized and taught by the whole one on its calibration data alone.
+
+    Its zeros stay.
+    """
+    teacher, evaluation = model_of(task)
     with np.load(MODELS / task.name / "calibration.npz", allow_pickle=False) as data:
         inputs = dict(data)
+    bare = api.prune(teacher, task.sparsity).model
+    pruned = api.prune(teacher, task.sparsity, calibrate=inputs).model
     found: list[float] = []
     for seed in range(seeds):
         taught = distill(
             teacher,
             pruned,
             inputs,
-            optimizer=AdamW(task.recovery_rate, weight_decay=0),
+            optimizer=AdamW(1e-3, weight_decay=0),
             epochs=1 if quick else task.recovery,
             batch_size=32,
             seed=seed,
             masks=_masks(pruned),
             augment=task.augment,
         )
-        found.append(_score(taught.model, evaluation))
-    whole, hurt = _score(teacher, evaluation), _score(pruned, evaluation)
+        found.append(score(taught.model, evaluation))
+    whole, hurt, start = (score(model, evaluation) for model in (teacher, bare, pruned))
     back = (float(np.mean(found)) - hurt) / (whole - hurt)
     held.append(Goal(what=f"{task.name}: lost score back", figure=100 * back, bound=70,
                      at_most=False, unit="%"))  # fmt: skip
     return [task.name, f"{task.sparsity:g}", str(len(next(iter(inputs.values())))),
-            _percent(whole), _percent(hurt), _spread(np.array(found)), _percent(back)]  # fmt: skip
+            *map(percent, (whole, hurt, start)), spread(np.array(found)),
+            percent(back)]  # fmt: skip
 
 
 def _masks(pruned: ir.Model) -> Arrays:
@@ -204,23 +209,23 @@ def _frames() -> ir.Model:
     return ir.from_proto(proto)
 
 
-def _model(task: Task) -> tuple[ir.Model, Arrays]:
+def model_of(task: Task) -> tuple[ir.Model, Arrays]:
     folder: Path = MODELS / task.name
     with np.load(folder / "evaluation.npz", allow_pickle=False) as data:
         return load(folder / "model.onnx"), dict(data)
 
 
-def _score(model: ir.Model, evaluation: Arrays) -> float:
+def score(model: ir.Model, evaluation: Arrays) -> float:
     feeds = {name: array for name, array in evaluation.items() if name != "labels"}
     (logits,) = Session(model).run(feeds).values()
     return float((logits.argmax(-1) == evaluation["labels"]).mean())
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _spread(shares: Array) -> str:
+def spread(shares: Array) -> str:
     """The mean of the seeds, and the lowest and the highest."""
     return f"{100 * shares.mean():.1f} ({100 * shares.min():.1f} to {100 * shares.max():.1f})"
 
@@ -276,6 +281,6 @@ TASKS = (
     Task(name="name_language", samples=_names, student="drop:3+narrow:0.5", rate=1e-3, batch=128,
          label_epochs=20, epochs=5, sparsity=0.8, recovery=150, augment=(Swap(),)),
     Task(name="photo_digits", samples=_digits, student="narrow:0.5", rate=2e-3, batch=64,
-         label_epochs=12, epochs=4, sparsity=0.8, recovery_rate=7e-4),
+         label_epochs=12, epochs=4, sparsity=0.8, recovery=20),
 )  # fmt: skip
 """The student of `vowel_lstm` is no part of its teacher: it reads frames one by one."""
