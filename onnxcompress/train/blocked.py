@@ -55,13 +55,13 @@ def block_size() -> int | None:
 
 
 def is_by_size(graph: ir.Graph) -> bool:
-    """Whether the gradients of `graph` are faster for a known number of samples.
+    """Whether the gradients of `graph` are much faster for a known number of samples.
 
     Those of depthwise kernels are: their convolution is one in as many groups as there are
     channels in all samples, which is an attribute.
     """
-    groups = (_group(node) for node in graph if node.op_type == "Conv")
-    return any(group > 1 for group in groups) and block_size() is not None
+    grouped = any(node.op_type == "Conv" and _group(node) > 1 for node in graph)
+    return grouped and block_size() is not None
 
 
 def for_cpu(model: ir.Model, outputs: Sequence[str]) -> ir.Model:

@@ -21,6 +21,9 @@ __all__ = ["LEAST_OPSET", "RULES", "Tape", "add_gradients", "unsupported"]
 LEAST_OPSET: Final = 18
 """The version of the operators that are emitted; `passes.raise_opset` converts older graphs."""
 
+_ELSEWHERE: Final = {("com.microsoft", "Gelu")}
+"""Operators of other domains that are those of the default one."""
+
 
 def add_gradients(
     graph: ir.Graph, loss: ir.Value, wrt: Sequence[ir.Value], block: int | None = None
@@ -133,7 +136,8 @@ def _apply(
     tape: Tape, node: ir.Node, given: Sequence[ir.Value | None], skips: list[Skip]
 ) -> Sequence[ir.Value | None]:
     """What the node's rule gives; where there is none, anything, so that all can be named."""
-    rule = RULES.get(node.op_type) if node.domain in DEFAULT_DOMAINS else None
+    known = node.domain in DEFAULT_DOMAINS or (node.domain, node.op_type) in _ELSEWHERE
+    rule = RULES.get(node.op_type) if known else None
     try:
         if rule is None:
             raise Unsupported("there is no rule for it")

@@ -13,6 +13,7 @@ from onnxcompress.graph.inference import infer
 from onnxcompress.graph.scopes import sources, values_of
 from onnxcompress.passes.raise_opset import RaiseOpset
 from onnxcompress.train.batch_statistics import use_batch
+from onnxcompress.train.gelu import join_gelu
 from onnxcompress.train.gradients import LEAST_OPSET, add_gradients
 from onnxcompress.train.losses import Loss, Terms
 from onnxcompress.train.optimizers import Optimizer
@@ -141,6 +142,7 @@ def with_gradients(
     copy = found.model.clone()
     if samples is not None:
         _fix_samples(copy, {*trainable, *kept}, samples)
+    join_gelu(copy.graph)
     statistics = use_batch(copy.graph, kept)
     values = {v.name: v for v in values_of(copy.graph)}
     wrt = [values[name] for name in trainable]

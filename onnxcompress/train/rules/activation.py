@@ -9,7 +9,7 @@ from typing import Final
 import onnx_ir as ir
 
 from onnxcompress.train.rules.masks import inside, positive
-from onnxcompress.train.tape import Gradients, Rule, Tape, required
+from onnxcompress.train.tape import Gradients, Rule, Tape, dtype_of, required
 
 Slope = Callable[[Tape, ir.Node, ir.Value, ir.Value], ir.Value]
 """The derivative of a node at its input x, given its output y too."""
@@ -113,12 +113,20 @@ def _gelu(tape: Tape, node: ir.Node, x: ir.Value, y: ir.Value) -> ir.Value:
     """
     if node.attributes.get_string("approximate", "none") == "tanh":
         return _gelu_tanh(tape, x)
-    error = tape.op("Erf", [tape.op("Mul", [x, tape.scalar(math.sqrt(0.5), x)])])
-    half = tape.scalar(0.5, x)
-    share = tape.op("Add", [tape.op("Mul", [error, half]), half])
-    square = tape.op("Mul", [tape.op("Mul", [x, x]), tape.scalar(-0.5, x)])
-    bell = tape.op("Mul", [tape.op("Exp", [square]), tape.scalar(1 / math.sqrt(2 * math.pi), x)])
-    return tape.op("Add", [share, tape.op("Mul", [x, bell])])
+    part = tape.op("Mul", [x, tape.scalar(math.sqrt(0.5), x)])
+    share = _halfway(tape, tape.op("Erf", [part]), x)
+    # With t = x/√2, x·F' is t·e^(ln(1/√π) - t²): the factor costs nothing in the exponent.
+    factor = tape.scalar(-0.5 * math.log(math.pi), x)
+    exponent = tape.op("Sub", [factor, tape.op("Mul", [part, part])])
+    return tape.op("Add", [share, tape.op("Mul", [part, tape.op("Exp", [exponent])])])
+
+
+def _halfway(tape: Tape, value: ir.Value, like: ir.Value) -> ir.Value:
+    """(1 + value)/2, of what lies between -1 and 1."""
+    if dtype_of(like) == ir.DataType.FLOAT:
+        return tape.op("HardSigmoid", [value], {"alpha": 0.5, "beta": 0.5})
+    half = tape.scalar(0.5, like)
+    return tape.op("Add", [tape.op("Mul", [value, half]), half])
 
 
 def _gelu_tanh(tape: Tape, x: ir.Value) -> ir.Value:

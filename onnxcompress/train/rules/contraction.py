@@ -55,13 +55,23 @@ def matmul(tape: Tape, node: ir.Node, given: Gradients) -> Gradients:
     if rank_of(a) == 1:
         left, dy = _with_axis(tape, a, 0), tape.op("Unsqueeze", [dy, tape.ints(-2)])
         batch = None if batch is None else [*batch[:-1], 1, batch[-1]]
+    rank = max(rank_of(left), rank_of(right))
     da = db = None
     if tape.wanted(a):
         product = tape.op("MatMul", [dy, _flipped(tape, right)])
         da = _settled(tape, product, left, a, batch)
     if tape.wanted(b):
-        db = _settled(tape, tape.op("MatMul", [_flipped(tape, left), dy]), right, b, batch)
+        db = _settled(tape, _left_flipped(tape, left, dy, right, rank), right, b, batch)
     return [da, db]
+
+
+def _left_flipped(tape: Tape, left: ir.Value, dy: ir.Value, right: ir.Value, rank: int) -> ir.Value:
+    """leftᵀ·dy, or (dyᵀ·left)ᵀ where dy has fewer columns: they are gathered across rows."""
+    rows, columns = (stated(right) or (None, None))[-2:]
+    if not isinstance(rows, int) or not isinstance(columns, int) or columns >= rows:
+        return tape.op("MatMul", [_flipped(tape, left), dy])
+    product = tape.op("MatMul", [_swapped(tape, dy, rank), left])
+    return _swapped(tape, product, rank)
 
 
 def _by_matrix(tape: Tape, a: ir.Value, b: ir.Value, dy: ir.Value) -> Gradients:
@@ -86,7 +96,11 @@ def _with_axis(tape: Tape, vector: ir.Value, axis: int) -> ir.Value:
 
 
 def _flipped(tape: Tape, value: ir.Value) -> ir.Value:
-    rank = rank_of(value)
+    return _swapped(tape, value, rank_of(value))
+
+
+def _swapped(tape: Tape, value: ir.Value, rank: int) -> ir.Value:
+    """With the last two of its axes exchanged."""
     return tape.op("Transpose", [value], {"perm": [*range(rank - 2), rank - 1, rank - 2]})
 
 
