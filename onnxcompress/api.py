@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +12,17 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from onnxcompress import schemes
-from onnxcompress.contract import Pass, Statistics, Want
+from onnxcompress.contract import Pass, Result, Skip, Statistics, Want
 from onnxcompress.data import Data, Images, interface, open_data
-from onnxcompress.errors import InputError
+from onnxcompress.errors import DataError, InputError
 from onnxcompress.model_io import load
 from onnxcompress.observe import Observations, Progress, observe
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.prune_magnitude import PruneMagnitude
-from onnxcompress.pipeline import Outcome, Record, run
+from onnxcompress.passes.quantize_weights import QuantizeWeights
+from onnxcompress.pipeline import Observer, Outcome, Record, run
 from onnxcompress.train.clean import Cleaner
+from onnxcompress.train.reconstruct import reconstruct
 from onnxcompress.train.renormalize import renormalize
 
 ModelLike = ir.Model | str | Path
@@ -99,7 +101,9 @@ def quantize(
         scheme: static (activations too, from statistics), dynamic (activations at run time), both
             in 8 bits, weights (alone, in 4 bits or 8; arithmetic stays in float), or short floats:
             float8, where the target has it, float16 or bfloat16.
-        effort: what static quantization does against its error; see `schemes.static`.
+        effort: what static quantization does against its error; see `schemes.static`. best, for
+            weights alone too, reconstructs layers on the data, which takes minutes: see
+            `train.reconstruct`.
         statistics: what `calibrate` gave.
         options: those of the pass, `InsertQdq` (static, float8), `QuantizeDynamic`,
             `QuantizeWeights` or `ConvertFloat16`.
@@ -115,14 +119,72 @@ def quantize(
             raise InputError(
                 f"{scheme} quantization needs calibration data: give some, or use another scheme"
             )
-        if effort == "thorough" and scheme == "static":
+        if effort != "fast" and scheme == "static":
             raise InputError(
-                "thorough quantization runs the model: give data beside the statistics"
+                f"{effort} quantization runs the model: give data beside the statistics"
             )
-    watch = None
-    if data is not None and scheme not in ("dynamic", "weights"):
-        watch = observer(as_data(data, model, images), samples, progress, executor)
-    return run(model, passes, statistics=statistics, observer=watch, started=started, copy=held)
+    learns = effort == "best" and scheme in ("static", "weights")
+    if learns and data is None:
+        raise InputError("the best effort runs the model: give data, labels are not needed")
+    watch = opened = None
+    if data is not None and (learns or scheme not in ("dynamic", "weights")):
+        opened = as_data(data, model, images)
+        watch = observer(opened, samples, progress, executor)
+    return rewrite(
+        *(model, passes, watch),
+        learn_from=opened.first(samples) if opened and learns else None,
+        progress=progress,
+        statistics=statistics,
+        started=started,
+        copy=held,
+    )
+
+
+def rewrite(
+    model: ir.Model,
+    passes: Iterable[Pass],
+    watch: Observer | None,
+    *,
+    learn_from: Data | None = None,
+    progress: Progress | None = None,
+    started: Started | None = None,
+    statistics: Statistics | None = None,
+    copy: bool = True,
+) -> Outcome:
+    """`pipeline.run`, and with data to learn from reconstruction of what it quantized.
+
+    Reconstruction holds the result against the model as it was right before it was quantized, so
+    it is no pass, which would see only one of the two; its record stands behind theirs.
+    """
+    passes = tuple(passes)
+    first = [i for i, p in enumerate(passes) if isinstance(p, InsertQdq | QuantizeWeights)]
+    if learn_from is None or not first:
+        return run(model, passes, statistics=statistics, observer=watch, started=started, copy=copy)
+    floats = run(
+        *(model, passes[: first[0]]),
+        statistics=statistics,
+        observer=watch,
+        started=started,
+        copy=copy,
+    )
+    done = run(
+        *(floats.model, passes[first[0] :]),
+        statistics=floats.statistics,
+        observer=watch,
+        started=started,
+    )
+    if started is not None:
+        started("reconstruct")
+    begin = time.perf_counter()
+    try:
+        found = reconstruct(floats.model, done.model, learn_from, progress=progress)
+    except DataError:
+        raise
+    except InputError as reason:  # nothing that can be reconstructed: what there is stays
+        found = Result(done.model, modified=False, skips=(Skip("", "", str(reason)),))
+    seconds = time.perf_counter() - begin
+    record = Record("reconstruct", {}, found.modified, found.skips, found.figures, seconds)
+    return Outcome(found.model, (*floats.records, *done.records, record), done.statistics)
 
 
 def _passes(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from onnxcompress import schemes, targets
-from onnxcompress.api import Quantization, as_data, observer
+from onnxcompress.api import Quantization, as_data, observer, rewrite
 from onnxcompress.budget import Budget
 from onnxcompress.comparison import names_classes, to_compare_on
 from onnxcompress.contract import Pass
@@ -23,7 +23,7 @@ from onnxcompress.measure import Measurement
 from onnxcompress.mixed import Mixed
 from onnxcompress.model_io import load, save
 from onnxcompress.observe import Progress
-from onnxcompress.pipeline import Outcome, run
+from onnxcompress.pipeline import Outcome
 from onnxcompress.recipe import Recipe
 from onnxcompress.regions import memory_bound
 from onnxcompress.report import Attempt, Measured, ModelFile, Report, check
@@ -68,6 +68,8 @@ class Job:
     samples: int
     threads: int
     stage: Stage
+    best_effort: bool = False
+    """Whether what is quantized is reconstructed too."""
     by_default: bool = False
     """Whether the gates are the default ones: then there is always something to write."""
     alone: Measurement | None = None
@@ -179,7 +181,11 @@ class Job:
         watch = None if data is None else observer(data, self.samples, progress)
         with self._noted(name):
             with self.timed(f"{name}: passes"):
-                outcome = run(self.model, passes, observer=watch)
+                outcome = rewrite(
+                    *(self.model, passes, watch),
+                    learn_from=data.first(self.samples) if data and self.best_effort else None,
+                    progress=progress,
+                )
             return self._measure(name, outcome)
         return None
 

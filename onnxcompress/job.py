@@ -59,7 +59,8 @@ def compress(
         evaluate: data to compare on; the last fifth of `calibrate` is held out when None, and
             made-up inputs are used where there is no data at all.
         recipe: passes to run in place of the schemes, with its own gates and target.
-        effort: what static quantization does against its error; see `schemes.static`.
+        effort: what static quantization does against its error, see `schemes.static`; best also
+            reconstructs layers on the data, with weights alone too.
         scheme: try only this one; "weights" leaves the arithmetic in float, "float16" and
             "bfloat16" too where the target has no kernels for them, "float8" is for targets that
             have, "none" applies the exact rewrites alone.
@@ -97,6 +98,7 @@ def compress(
         samples=samples,
         threads=threads,
         stage=stage or silent,
+        best_effort=effort == "best",
     )
     with job.timed("load"):
         job.open(calibrate, evaluate, images, clean)

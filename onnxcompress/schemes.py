@@ -24,7 +24,7 @@ from onnxcompress.passes.smooth import Smooth
 from onnxcompress.passes.split_transposed import SplitTransposed
 from onnxcompress.passes.write_as_add import WriteAsAdd
 
-Effort = Literal["fast", "thorough"]
+Effort = Literal["fast", "thorough", "best"]
 Half = Literal["float16", "bfloat16"]
 Patterns = tuple[str, ...]
 _LAST = (RemoveUnused(), ForgetShapes())
@@ -62,10 +62,11 @@ def static(
 
     Args:
         effort: fast rounds to nearest; thorough first brings channels to alike ranges, rounds by
-            each layer's output and corrects biases, for which it runs the model several times.
+            each layer's output and corrects biases, for which it runs the model several times;
+            best does the same, and `api.rewrite` reconstructs behind it.
         packed: patterns of nodes that get weights in 4 bits instead, and compute in float.
     """
-    thorough = effort == "thorough"
+    thorough = effort != "fast"
     if packed:
         options["exclude"] = (*options.get("exclude", ()), *packed)
     return (

@@ -64,11 +64,12 @@ def effort(default: str) -> Callable[[Any], Any]:
     """The option of how much is done against the error of static quantization."""
     return click.option(
         "--effort",
-        type=click.Choice(["fast", "thorough"]),
+        type=click.Choice(["fast", "thorough", "best"]),
         default=default,
         show_default=True,
         help="thorough also equalizes and smooths channels, rounds weights by each layer's output "
-        "and corrects biases (static).",
+        "and corrects biases (static); best then reconstructs blocks of layers against the float "
+        "model, on data without labels (static, weights), which takes minutes.",
     )
 
 

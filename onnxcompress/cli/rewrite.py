@@ -114,7 +114,10 @@ def quantize(
     from onnxcompress.observe.observations import merge_all
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    _refuse_others(scheme, {**given, "calibrate": calibrate, "statistics": statistics or None})
+    asked = {**given, "calibrate": calibrate, "statistics": statistics or None}
+    if effort == "best" and scheme == "weights":
+        del asked["calibrate"]  # codes are chosen by data
+    _refuse_others(scheme, asked)
     pixels = flags.read_images(images)
     data, notes = _cleaned(calibrate, model, pixels) if clean and calibrate else (calibrate, ())
     merged = merge_all([api.load_statistics(path) for path in statistics]) if statistics else None

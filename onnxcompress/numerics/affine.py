@@ -106,7 +106,7 @@ def symmetric_per_channel(bound: FloatArray, dtype: str, axis: int) -> Affine:
 
 def quantize(x: FloatArray, parameters: Affine) -> Array:
     """The codes that QuantizeLinear gives for `x` (any shape), saturated to the type."""
-    scale, zero_point = _broadcast(parameters, x.shape)
+    scale, zero_point = spread(parameters, x.shape)
     qmin, qmax = parameters.range
     if parameters.dtype in FLOAT8:
         return np.clip(x / scale, qmin, qmax).astype(FLOAT8[parameters.dtype])
@@ -118,7 +118,7 @@ def quantize(x: FloatArray, parameters: Affine) -> Array:
 
 def dequantize(q: Array, parameters: Affine) -> npt.NDArray[np.float32]:
     """The values that DequantizeLinear gives for the codes `q` (any shape)."""
-    scale, zero_point = _broadcast(parameters, q.shape)
+    scale, zero_point = spread(parameters, q.shape)
     return (q.astype(np.float32) - zero_point.astype(np.float32)) * scale
 
 
@@ -127,7 +127,8 @@ def numpy_type(dtype: str) -> np.dtype[Any]:
     return FLOAT8[dtype] if dtype in FLOAT8 else np.dtype(dtype)
 
 
-def _broadcast(parameters: Affine, sizes: tuple[int, ...]) -> tuple[npt.NDArray[np.float32], Array]:
+def spread(parameters: Affine, sizes: tuple[int, ...]) -> tuple[npt.NDArray[np.float32], Array]:
+    """Scale and zero_point as they broadcast against a tensor of these sizes."""
     scale, zero_point, axis = parameters.scale, parameters.zero_point, parameters.axis
     if axis is None:
         return scale, zero_point
