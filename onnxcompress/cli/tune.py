@@ -37,7 +37,7 @@ from onnxcompress.cli.console import Verb, stages, tell
 @flags.recipe("TOML with a table [tune] of the options below.")
 @click.option("--epochs", type=int, help="Times through the data.  [default: 10]")
 @click.option("--batch-size", type=int, help="Samples a step.  [default: 64]")
-@click.option("--lr", type=float, help="Learning rate.  [default: 0.001]")
+@click.option("--lr", type=float, help="Learning rate; else by the grids' steps.")
 @click.option("--temperature", type=float, help="Softens the teacher's answers.  [default: 2]")
 @click.option("--keep-zeros", is_flag=True, default=None, help="Zeros of a pruned model stay.")
 @click.option("--seed", type=int, help="Of all draws.  [default: 0]")

@@ -16,6 +16,8 @@ from onnxcompress.train.schedules import SCHEDULES
 
 _SPARSE = 0.01
 """Share of a weight that must be zero before that looks intended."""
+_UPDATES = 50
+"""Full updates that take a weight over one step of its grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +88,24 @@ class Tuning(Training):
     """Options of quantization-aware tuning."""
 
     epochs: int = 10
+    lr: float | None = None
+    """Learning rate; for adamw a fiftieth of the grids' median step where none is given."""
     weight_decay: float = 0.0
+
+    def rule_for(self, step: float) -> Optimizer:
+        """The optimizer for weights on grids of this median step.
+
+        AdamW moves a weight by up to its rate: 0.0003 is right for 4 bits, 0.001 for 2.
+        """
+        if self.lr is None and self.optimizer == "adamw":
+            return AdamW(step / _UPDATES, weight_decay=self.weight_decay)
+        return self.rule
 
     def arguments(self, student: ir.Model) -> dict[str, Any]:
         """What `train.tune.tune` takes."""
         found = super().arguments(student)
         del found["masks"]  # of floats, which a quantized model has not yet
+        found["optimizer"] = self.rule_for
         return found | {"keep_zeros": self.keep_zeros}
 
 

@@ -6,7 +6,7 @@ to codes on the same grid. What comes out is never worse on held-out data than w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +22,15 @@ from onnxcompress.observe import Progress as Asking
 from onnxcompress.session import Session
 from onnxcompress.train.augment import Augmentation
 from onnxcompress.train.distill import Lesson, before_softmax, prepare
-from onnxcompress.train.fake_quantize import fake_quantize, settle
+from onnxcompress.train.fake_quantize import FakeQuantized, fake_quantize, settle
 from onnxcompress.train.history import History
 from onnxcompress.train.loop import Progress, train
 from onnxcompress.train.losses import CrossEntropy, Loss, MeanSquared
 from onnxcompress.train.objective import objective
-from onnxcompress.train.optimizers import AdamW, Optimizer
+from onnxcompress.train.optimizers import Optimizer
 from onnxcompress.train.samples import LABELS, TARGET, fixed_batch, from_npz, open_samples
 from onnxcompress.train.schedules import Schedule, warm_up
-from onnxcompress.train.settings import masks_of
+from onnxcompress.train.settings import Tuning, masks_of
 from onnxcompress.train.step import Tally
 from onnxcompress.train.task import learned_output
 from onnxcompress.train.teacher import Precision
@@ -79,7 +79,7 @@ def tune(
     temperature: float = 2.0,
     label_weight: float = 1.0,
     features: Mapping[str, str] | Sequence[str] = (),
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Callable[[float], Optimizer] | None = None,
     schedule: Schedule | None = None,
     epochs: int = 10,
     batch_size: int = 64,
@@ -109,8 +109,8 @@ def tune(
         quantized: static or weights alone; not altered.
         data: without labels, where there is a teacher.
         teacher: the float model, or a better one; without it, labels or targets are learned.
-        optimizer: AdamW with a learning rate of 0.001 and no decay by default: decay pulls towards
-            zero, and a grid has one there already.
+        optimizer: or what makes one of the median step of the grids; AdamW with a learning rate of
+            a fiftieth of it by default, without decay.
         evaluate: to choose the best epoch by and to hold against what came in; the last fifth of
             `data`, which is then not trained on, when None.
         keep_zeros: weights that are zero stay zero, where there are enough to look pruned.
@@ -122,6 +122,7 @@ def tune(
     Integer-Arithmetic-Only Inference, 2018; Bengio, Léonard and Courville, 2013, for gradients.
     """
     fake = fake_quantize(quantized)
+    optimizer = optimizer or Tuning().rule_for
     if evaluate is None:
         data, evaluate = _split(data, quantized, images)
     if teacher is None and losses is None:
@@ -148,7 +149,7 @@ def tune(
         fake.model,
         lesson.pool,
         losses=lesson.losses,
-        optimizer=optimizer or AdamW(1e-3, weight_decay=0),
+        optimizer=optimizer(_median_step(fake)) if callable(optimizer) else optimizer,
         schedule=schedule or warm_up(),
         epochs=epochs,
         batch_size=batch_size,
@@ -179,6 +180,11 @@ def tune(
         samples=lesson.samples,
         skips=fake.skips,
     )
+
+
+def _median_step(fake: FakeQuantized) -> float:
+    steps = [np.abs(w.grid.scale).reshape(-1) for w in fake.weights if w.grid.dtype != "int32"]
+    return float(np.median(np.concatenate(steps))) if steps else 1.0
 
 
 def _figure(model: ir.Model, lesson: Lesson) -> float:
