@@ -180,8 +180,7 @@ class _Work:
                 if len(block.layers) > 1:
                     waiting += map(alone, reversed(block.layers))
                     continue
-                (node,) = block.layers
-                skips.append(Skip(node.name or "", node.op_type, str(reason)))
+                skips += [Skip(n.name or "", n.op_type, str(reason)) for n in block.layers]
             done += len(block.layers)
             if progress is not None:
                 progress(done, len(layers))
