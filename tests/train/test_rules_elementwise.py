@@ -133,3 +133,33 @@ def test_points_without_a_derivative(
     ones = np.ones_like(Session(model).run({"x": x})["y"])
     whole = with_gradients(model, {"y": ones}, ["x"])
     assert Session(whole).run({"x": x})["x_gradient"].tolist() == slopes
+
+
+@pytest.mark.parametrize(
+    ("op_type", "bounds", "kinks"),
+    [
+        ("Relu", {}, [0.0]),
+        ("Clip", {"low": 0, "high": 6}, [0.0, 6.0]),
+        ("Clip", {"low": -3, "high": np.inf}, [-3.0]),
+        ("Clip", {"low": -np.inf, "high": 0.1}, [0.1]),
+        ("Clip", {"low": 2, "high": 1}, []),
+        ("HardSigmoid", {}, []),
+    ],
+)
+def test_masks_of_single_precision_change_at_the_very_bound(
+    op_type: str, bounds: dict[str, float], kinks: list[float]
+) -> None:
+    """They are a steep ramp, which must not show between one number and the next."""
+    at = np.array([*kinks, 0.0, 3.0, -3.0], np.float32)
+    tiny = np.finfo(np.float32).tiny
+    above, below = np.nextafter(at, np.float32(9)), np.nextafter(at, np.float32(-9))
+    above, below = np.where(at == 0, tiny, above), np.where(at == 0, -tiny, below)
+    x = np.concatenate([at, above, below, np.array([3e38, -3e38], np.float32)])
+    slopes: list[list[float]] = []
+    for dtype in (np.float32, np.float64):
+        given = {k: np.array(np.float32(v), dtype) for k, v in bounds.items()}
+        model = one_node(op_type, {"x": x.astype(dtype), **given}, fixed=tuple(given))
+        whole = with_gradients(model, {"y": np.ones(x.shape, dtype)}, ["x"])
+        found = Session(whole).run({"x": x.astype(dtype)})["x_gradient"]
+        slopes.append(found.astype(np.float32).tolist())
+    assert slopes[0] == slopes[1]
