@@ -7,12 +7,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final
 
-_RARELY: Final = (50_000, 10, 10)
+_RARELY: Final = (500_000, 100, 10)
 
 
 @contextmanager
 def rarely_collected() -> Generator[None]:
-    """Look for garbage after 50,000 new objects, not 700.
+    """Look for garbage after 500,000 new objects, not 700, and at older ones hardly ever.
 
     A graph of 30,000 nodes is a million objects, nearly all of which stay; at Python's own pace
     a third of the time that it takes to load and rewrite one goes to looking for others.

@@ -146,9 +146,13 @@ class HistogramBuilder:
             return
         flat = as_float32(array)
         stride = sampling_stride(flat.size, self._sample)
-        counted = _sample(flat, stride)
         met = self._minimum <= self._bounds[0] and self._maximum >= self._bounds[1]
-        minimum, maximum = extremes(counted if met else flat, self._minimum)
+        if met:
+            counted = _sample(flat, stride)
+            minimum, maximum = extremes(counted, self._minimum)
+        else:  # in this order the sample is still in the cache
+            minimum, maximum = extremes(flat, self._minimum)
+            counted = _sample(flat, stride)
         with self._lock:
             self._minimum = min(self._minimum, minimum)
             self._maximum = max(self._maximum, maximum)
