@@ -15,6 +15,7 @@ from onnxcompress import schemes
 from onnxcompress.contract import Pass, Result, Skip, Statistics, Want
 from onnxcompress.data import Data, Images, interface, open_data
 from onnxcompress.errors import DataError, InputError
+from onnxcompress.garbage import rarely_collected
 from onnxcompress.model_io import load
 from onnxcompress.observe import Observations, Progress, observe
 from onnxcompress.passes.insert_qdq import InsertQdq
@@ -33,6 +34,7 @@ SAMPLES = 512
 """Feeds that calibration reads at most, unless told otherwise; more change no threshold."""
 
 
+@rarely_collected()
 def optimize(model: ModelLike, *, started: Started | None = None) -> Outcome:
     """Apply the exact rewrites: fold batchnorm, constants and scales, drop what nothing reads.
 
@@ -78,6 +80,7 @@ def calibrate(
     return observer(opened, samples, progress, executor)(model, wants)
 
 
+@rarely_collected()
 def quantize(
     model: ModelLike,
     data: Any = None,

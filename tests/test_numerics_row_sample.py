@@ -107,3 +107,11 @@ def test_what_has_no_rows_is_unobservable() -> None:
         sample([np.zeros((1, 3, 4), np.float32)], WINDOWS[0])
     with pytest.raises(Unobservable, match="channels"):
         sample([np.zeros((1, 3)), np.zeros((1, 4))], Patches())
+
+
+def test_rows_of_another_length_are_refused_when_they_come() -> None:
+    builder = RowSampleBuilder(Patches())
+    builder.add(np.ones((2, 3), np.float32))
+    with pytest.raises(Unobservable, match="changes"):
+        builder.add(np.ones((2, 4), np.float32))
+    assert len(builder.build().rows) == 2

@@ -466,6 +466,21 @@ def test_without_statistics_it_names_what_is_missing() -> None:
         InsertQdq()(ir.from_proto(net.model()))
 
 
+def test_what_leaky_relu_gives_out_is_observed_only_for_those_who_may_exclude_it() -> None:
+    net = Net()
+    x = net.op("LeakyRelu", conv(net, net.input("x", *IMAGE)), alpha=0.1)
+    net.op("Relu", conv(net, x), out="y")
+    net.output("y")
+    model = ir.from_proto(net.model())
+    (leaky,) = (n for n in model.graph if n.op_type == "LeakyRelu")
+    behind = leaky.outputs[0].name
+    pass_ = InsertQdq()
+    assert behind not in {want.value for want in pass_.wants(model)}
+    everything = observe(model, feeds_of(net), pass_.could_want(model))
+    result = replace(InsertQdq(exclude=("LeakyRelu",)), statistics=everything)(model)
+    assert result.modified and behind in {want.value for want in everything.kept}
+
+
 def test_leaky_relu_gives_out_the_scale_that_it_takes() -> None:
     net = Net()
     x = net.op("LeakyRelu", conv(net, net.input("x", *IMAGE)), alpha=0.1)
