@@ -23,6 +23,7 @@ from onnxcompress.passes.shield_floats import ShieldFloats
 from onnxcompress.passes.smooth import Smooth
 from onnxcompress.passes.split_transposed import SplitTransposed
 from onnxcompress.passes.write_as_add import WriteAsAdd
+from onnxcompress.passes.write_as_div import WriteAsDiv
 
 Effort = Literal["fast", "thorough", "best"]
 Half = Literal["float16", "bfloat16"]
@@ -49,6 +50,7 @@ def before_static(
         SplitTransposed(),
         InferShapes(),
         WriteAsAdd(),
+        WriteAsDiv(),
         FuseGemm(),
     )
 
@@ -99,14 +101,14 @@ def dynamic(target: str = "cpu", *, packed: Patterns = (), **options: Any) -> tu
     opset = RaiseOpset(minimum=targets.load(target).opset)
     quantize = QuantizeDynamic(target=target, **options)
     few = _in_four_bits(target, packed)
-    return (*exact(), opset, InferShapes(), *few, quantize, *_LAST)
+    return (*exact(), opset, InferShapes(), WriteAsDiv(), *few, quantize, *_LAST)
 
 
 def weights(target: str = "cpu", **options: Any) -> tuple[Pass, ...]:
     """Weights in few bits, arithmetic in float; `options` are those of `QuantizeWeights`."""
     opset = RaiseOpset(minimum=max(_BLOCKS_OPSET, targets.load(target).opset))
     quantize = QuantizeWeights(target=target, **options)
-    return (*exact(), opset, SplitTransposed(), InferShapes(), quantize, *_LAST)
+    return (*exact(), opset, SplitTransposed(), InferShapes(), WriteAsDiv(), quantize, *_LAST)
 
 
 def float8(target: str, **options: Any) -> tuple[Pass, ...]:

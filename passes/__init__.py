@@ -25,6 +25,7 @@ from onnxcompress.passes.shield_floats import ShieldFloats
 from onnxcompress.passes.smooth import Smooth
 from onnxcompress.passes.split_transposed import SplitTransposed
 from onnxcompress.passes.write_as_add import WriteAsAdd
+from onnxcompress.passes.write_as_div import WriteAsDiv
 
 EXACT: tuple[type[Pass], ...] = (
     SettleInitializers,
@@ -44,6 +45,7 @@ ALL: tuple[type[Pass], ...] = (
     InferShapes,
     SplitTransposed,
     WriteAsAdd,
+    WriteAsDiv,
     FuseGemm,
     PruneMagnitude,
     Equalize,

@@ -14,6 +14,8 @@ from onnxcompress.passes.fuse_gemm import FuseGemm
 from onnxcompress.passes.infer_shapes import InferShapes
 from onnxcompress.passes.settle_initializers import SettleInitializers
 from onnxcompress.passes.write_as_add import WriteAsAdd
+from onnxcompress.passes.write_as_div import WriteAsDiv
+from onnxcompress.session import optimized_model
 from tests.passes.exactness import Net, apply, assert_close, check_exact, count, random_feed, run
 
 
@@ -54,6 +56,41 @@ def test_a_product_that_is_needed_stays(extra: Any) -> None:
 )
 def test_other_ranks_and_biases_stay(net: Net) -> None:
     assert not check_exact(FuseGemm(), net.model())[1].modified
+
+
+def gelu(factor: Any = 0.5**0.5, swap: bool = False, shape: tuple[int, ...] = (3, 5)) -> Net:
+    """Written out, behind a bias."""
+    net = Net()
+    x = net.op("Add", net.input("x", *shape), net.normal("b", 5), out="h")
+    operands = (net.weight("f", factor), x) if swap else (x, net.weight("f", factor))
+    erf = net.op("Erf", net.op("Mul", *operands, out="scaled"))
+    more = net.op("Add", erf, net.weight("one", 1))
+    net.op("Mul", net.op("Mul", x, more), net.weight("half", 0.5), out="y")
+    net.output("y")
+    return net
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("factor", [0.5**0.5, [0.5**0.5]])
+def test_runtime_joins_gelu_whose_factor_became_a_divisor(factor: Any, swap: bool) -> None:
+    before = gelu(factor, swap).model()
+    after, _ = check_exact(WriteAsDiv(), before, rtol=1e-6)
+    assert "BiasGelu" not in {n.op_type for n in optimized_model(ir.from_proto(before)).graph}
+    assert "BiasGelu" in {n.op_type for n in optimized_model(ir.from_proto(after)).graph}
+
+
+def scaled_is_read(net: Net) -> None:
+    net.output("scaled")
+
+
+@pytest.mark.parametrize(
+    ("net", "extra"),
+    [(gelu(0.7), None), (gelu([[[0.5**0.5]]]), None), (gelu(), scaled_is_read)],
+)
+def test_other_factors_of_erf_stay(net: Net, extra: Any) -> None:
+    if extra:
+        extra(net)
+    assert not check_exact(WriteAsDiv(), net.model())[1].modified
 
 
 @pytest.mark.parametrize(("terms", "written"), [(1, 0), (2, 1), (3, 0)])
