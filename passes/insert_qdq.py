@@ -16,7 +16,7 @@ from onnxcompress.graph.placement import Placement, kernel_outputs, matches, pla
 from onnxcompress.graph.quantized_weights import WeightStore
 from onnxcompress.graph.tied_scales import fixed_range, tie
 from onnxcompress.numerics.affine import FLOAT8, RANGES, Affine, affine, even
-from onnxcompress.numerics.thresholds import clip_range
+from onnxcompress.numerics.thresholds import clip_range, whole_zero
 from onnxcompress.operators import averaged, data_inputs, float_attribute, output_range, slope
 
 _NEVER_SEEN = "calibration never came to the body that it is in"
@@ -173,6 +173,8 @@ class InsertQdq(CalibratedPass):
         bounds = None if producer is None else output_range(producer)
         if bounds is not None:
             low, high = (float(np.clip(x, *bounds)) for x in (low, high))
+        elif not scheme.symmetric and low <= histogram.minimum and histogram.maximum <= high:
+            low, high = whole_zero(low, high, qmax - qmin)
         return affine(low, high, scheme.dtype, symmetric=scheme.symmetric)
 
 

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from onnxcompress.numerics.histogram import RangeFreeHistogram
-from onnxcompress.numerics.thresholds import Method, clip_range, divergence, expected_error
+from onnxcompress.numerics.thresholds import (
+    Method,
+    clip_range,
+    divergence,
+    expected_error,
+    whole_zero,
+)
 
 finite = st.floats(-1e6, 1e6, width=32)
 data = arrays(np.float32, st.integers(1, 300), elements=finite)
@@ -86,7 +92,7 @@ def test_the_expected_error_is_the_error(steps, below):
 
 @pytest.mark.parametrize("steps", [15, 255])
 def test_mse_finds_nearly_the_best_range(steps):
-    x = np.random.default_rng(0).laplace(size=50_000)
+    x = np.random.default_rng(0).standard_t(4, size=50_000)
     low, high = clip_range(RangeFreeHistogram.of(x), Method.MSE, qmin=0, qmax=steps, symmetric=True)
     best = min(quantization_error(x, -t, t, steps) for t in np.linspace(0.5, 12, 200))
     assert quantization_error(x, low, high, steps) <= 1.03 * best
@@ -159,3 +165,36 @@ def test_a_range_that_is_averaged_next_leaves_means_less_error(tail):
         return float(np.square((rounded - x).mean(axis=1)).mean())
 
     assert error(64) < 0.8 * error(1)
+
+
+@given(data)
+@settings(deadline=None)
+def test_mse_clips_only_for_a_decibel(x):
+    histogram = RangeFreeHistogram.of(x)
+    found, whole = (
+        clip_range(histogram, method, qmin=0, qmax=255, symmetric=False)
+        for method in (Method.MSE, Method.MINMAX)
+    )
+    points, counts = histogram.points()
+    x = points.astype(np.float64)
+    clipped, all_ = (float(expected_error(x, counts, *r, 255)) for r in (found, whole))
+    assert found == whole or clipped * 10**0.1 <= all_
+
+
+@given(st.floats(-1e6, -1e-6), st.floats(1e-6, 1e6), st.sampled_from([15, 255, 65535]))
+def test_a_range_around_a_whole_zero_is_hardly_wider_than_what_it_covers(low, high, steps):
+    found = whole_zero(low, high, steps)
+    step = (found[1] - found[0]) / steps
+    if found == (low, high):
+        assert min(-low, high) <= step / 2 or -low / step == pytest.approx(round(-low / step))
+        return
+    assert found[0] <= low * (1 - 1e-12)
+    assert found[1] >= high * (1 - 1e-12)
+    assert step <= (high - low) / (steps - 1) * (1 + 1e-9)
+    assert -found[0] / step == pytest.approx(round(-found[0] / step), abs=1e-6)
+
+
+def test_pixels_between_minus_one_and_one_are_not_all_rounded_by_half_a_step():
+    pixels = np.arange(256) / 127.5 - 1
+    low, high = whole_zero(-1.0, 1.0, 255)
+    assert quantization_error(pixels, low, high, 255) < 0.5 * quantization_error(pixels, -1, 1, 255)

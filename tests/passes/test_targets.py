@@ -33,9 +33,10 @@ SCHEMES = [
 ]
 
 
-def network() -> Net:
+def network(seed: int = 0) -> Net:
     """A residual block, pooling, a concatenation, and a layer of products behind it."""
     net = Net(opset=21)
+    net.random = np.random.default_rng(seed)
     x = net.op("Relu", conv(net, net.input("x", *IMAGE)))
     x = net.op("Relu", net.op("Add", conv(net, x), x))
     x = net.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
@@ -76,16 +77,19 @@ def pair_of(value: ir.Value | None) -> tuple[float, int] | None:
 
 @pytest.mark.parametrize(("target", "activations"), SCHEMES)
 def test_every_result_loads_and_is_as_faithful_as_for_cpu(target: str, activations: str) -> None:
-    net = network()
-    proto, feeds = net.model(), feeds_of(net)
-    original = ir.from_proto(proto)
-    model = made_for(target, activations, net)
-    onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    found = least_sqnr(original, model, feeds, "none")
+    found: list[tuple[float, float]] = []
+    for net in map(network, range(4)):  # of one draw of weights, either may be luckier by 3 dB
+        feeds = feeds_of(net)
+        original, model = ir.from_proto(net.model()), made_for(target, activations, net)
+        onnx.checker.check_model(ir.to_proto(model), full_check=True)
+        least_sqnr(original, model, feeds, "all")  # loads with ONNX Runtime's rewrites too
+        both = (model, made_for("cpu", None, net))
+        ours, on_cpu = (least_sqnr(original, m, feeds, "none") for m in both)
+        found.append((ours, on_cpu))
     # Symmetric codes of a ReLU use half of their range: 6 dB.
     lost = 6.0 if targets.load(target).activations.symmetric else 1.0
-    assert found > least_sqnr(original, made_for("cpu", None, net), feeds, "none") - lost
-    least_sqnr(original, model, feeds, "all")  # loads with ONNX Runtime's rewrites too
+    ours, on_cpu = np.mean(found, axis=0)
+    assert ours > on_cpu - lost
 
 
 @pytest.mark.parametrize(("target", "activations"), SCHEMES)
