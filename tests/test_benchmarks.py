@@ -87,7 +87,8 @@ def test_pipelines_observe_what_comes_before_pairs_once(
     setting = Setting(folder=tmp_path, only=("segment_tabular",), quick=True, samples=8)
     case = next(all_cases(setting))
     pipelines = Pipelines(case)
-    wanted = [placing(o, without(COMPENSATION)) for o in ({}, {"method": "minmax"})]
+    methods: list[dict[str, Any]] = [{}, {"method": "percentile", "percentile": 90.0}]
+    wanted = [placing(options, without(COMPENSATION)) for options in methods]
     made = [pipelines.run(passes).model for passes in wanted]
     assert len(seen) == 1
     for passes, model in zip(wanted, made, strict=True):
