@@ -12,6 +12,7 @@ from onnxcompress import schemes
 from onnxcompress.contract import Result
 from onnxcompress.graph.arithmetic import contracts, multiply_accumulates, stated_shapes
 from onnxcompress.graph.placement import Placement, absorbed_output, can_move, place
+from onnxcompress.graph.scopes import nodes_within
 from onnxcompress.operators import DEFAULT_DOMAINS
 from onnxcompress.targets import Target
 
@@ -96,7 +97,7 @@ def _outlook(node: ir.Node) -> Outlook:
 
 def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     """All nodes of the graph and its bodies but the constants."""
-    nodes = ir.traversal.RecursiveGraphIterator(graph)
+    nodes = nodes_within(graph)
     return (node for node in nodes if node.op_type != "Constant")
 
 

@@ -14,6 +14,7 @@ from onnxcompress.contract import CalibratedPass, Histogram, Kind, Result, Skip,
 from onnxcompress.graph.names import FreshNames
 from onnxcompress.graph.placement import matches
 from onnxcompress.graph.precision import FLOAT, Plan, Precision
+from onnxcompress.graph.scopes import nodes_within
 from onnxcompress.numerics.short_floats import blocks, rounded
 from onnxcompress.operators import ANY_FLOAT, DEFAULT_DOMAINS, QUANTIZERS, constant_tensor
 
@@ -133,7 +134,7 @@ class _Rewrite:
         self.modified = False
         self._fresh = FreshNames(model.graph)
         self._graphs = [model.graph, *model.graph.subgraphs()]
-        self._nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+        self._nodes = list(nodes_within(model.graph))
         self._halves = {
             node.outputs[i] for node, halved in plan.halved.items() for i in halved.outputs
         }

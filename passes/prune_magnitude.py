@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Figure, Pass, Result, Skip
 from onnxcompress.errors import InputError
+from onnxcompress.graph.scopes import nodes_within
 from onnxcompress.numerics.layer_adaptive import layer_adaptive_counts
 from onnxcompress.numerics.magnitudes import Cut, cut_below, cut_smallest, prune, pruned_blocks
 from onnxcompress.operators import (
@@ -151,7 +152,7 @@ class PruneMagnitude(Pass):
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
     for graph in (model.graph, *model.functions.values()):
-        yield from ir.traversal.RecursiveGraphIterator(graph)
+        yield from nodes_within(graph)
 
 
 def _names(node: ir.Node) -> tuple[str | None, ...]:

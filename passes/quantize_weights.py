@@ -17,6 +17,7 @@ from onnxcompress.graph.block_weights import BlockStore, BlockWeight
 from onnxcompress.graph.placement import matches
 from onnxcompress.graph.quantized_weights import WeightStore
 from onnxcompress.graph.rewriting import become
+from onnxcompress.graph.scopes import nodes_within
 from onnxcompress.operators import (
     DEFAULT_DOMAINS,
     Role,
@@ -221,7 +222,7 @@ class _Rewrite:
 
 def _nodes(graph: ir.Graph | ir.Function) -> Iterator[ir.Node]:
     """The nodes of the graph and its subgraphs that have a weight."""
-    for node in ir.traversal.RecursiveGraphIterator(graph):
+    for node in nodes_within(graph):
         if node.domain in DEFAULT_DOMAINS and (node.op_type == "Gather" or weight_inputs(node)):
             yield node
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnxcompress.contract import Pass, Result, Skip
 from onnxcompress.errors import InputError
 from onnxcompress.graph.opset_changes import NEWEST, OLDEST, Declined, Edit, Site, Types, edits
+from onnxcompress.graph.scopes import nodes_within
 
 _LEAST = 13
 
@@ -78,7 +79,7 @@ class RaiseOpset(Pass):
         types, names = Types(model), set(_names(model))
         for scope in scopes:
             old = scope.opset_imports[""]
-            for node in ir.traversal.RecursiveGraphIterator(scope):
+            for node in nodes_within(scope):
                 if node.domain != "":
                     continue
                 site = Site(node, types, names, in_function=isinstance(scope, ir.Function))

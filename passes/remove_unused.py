@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from onnxcompress.contract import Pass, Result
-from onnxcompress.graph.scopes import subgraphs
+from onnxcompress.graph.scopes import nodes_within, subgraphs
 from onnxcompress.operators import DEFAULT_DOMAINS
 
 _OPTIONAL_FROM: Final = {
@@ -81,7 +81,7 @@ def _is_read(value: ir.Value) -> bool:
 def _detach(node: ir.Node) -> None:
     """Let go of all that the node reads, its subgraphs' captured values too."""
     for subgraph in subgraphs(node):
-        for inner in ir.traversal.RecursiveGraphIterator(subgraph):
+        for inner in nodes_within(subgraph):
             inner.resize_inputs(0)
     node.resize_inputs(0)
 

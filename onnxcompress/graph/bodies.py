@@ -24,7 +24,7 @@ import onnx_ir as ir
 from onnxcompress.contract import Array
 from onnxcompress.graph.inference import infer
 from onnxcompress.graph.names import FreshNames
-from onnxcompress.graph.scopes import subgraphs, values_of
+from onnxcompress.graph.scopes import nodes_within, subgraphs, values_of
 from onnxcompress.operators import DEFAULT_DOMAINS
 
 Path = Sequence[tuple[ir.Node, ir.Graph]]
@@ -100,11 +100,7 @@ class _Exposure:
         self.graph = model.graph
         self.fresh = FreshNames(model.graph)
         self.values = inner_values(model.graph)
-        self.owners = {
-            body: node
-            for node in ir.traversal.RecursiveGraphIterator(model.graph)
-            for body in subgraphs(node)
-        }
+        self.owners = {body: node for node in nodes_within(model.graph) for body in subgraphs(node)}
 
     def run(self, names: Sequence[str]) -> Exposed:
         depths: dict[str, int] = {}

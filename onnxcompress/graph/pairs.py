@@ -16,6 +16,7 @@ from onnxcompress.graph.names import FreshNames
 from onnxcompress.graph.packed_weights import unpacked
 from onnxcompress.graph.placement import absorbed_output
 from onnxcompress.graph.quantized_weights import FLOAT, dequantizer_of
+from onnxcompress.graph.scopes import nodes_within
 from onnxcompress.operators import DEFAULT_DOMAINS, data_inputs, operator
 from onnxcompress.targets import Target
 
@@ -63,7 +64,7 @@ class Integers:
     @classmethod
     def of(cls, graph: ir.Graph, target: Target) -> Integers:
         """Read the graph and its bodies; pairs that something unknown reads are left out."""
-        nodes = list(ir.traversal.RecursiveGraphIterator(graph))
+        nodes = list(nodes_within(graph))
         kernels = {node: None for node in nodes if _runs_on_integers(node, target)}
         makers = {
             output: node

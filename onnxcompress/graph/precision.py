@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxcompress.contract import Array, Histogram, Skip
-from onnxcompress.graph.scopes import subgraphs
+from onnxcompress.graph.scopes import nodes_within, subgraphs
 from onnxcompress.numerics.short_floats import (
     largest,
     overflows,
@@ -65,7 +65,7 @@ class Types:
     def __init__(self, model: ir.Model) -> None:
         self._opset = model.graph.opset_imports.get("", 1)
         self._found: dict[ir.Value, ir.DataType | None] = {}
-        for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for node in nodes_within(model.graph):
             for index, value in enumerate(node.outputs):
                 if value.type is None:
                     self._found[value] = self._made(node, index)
@@ -131,7 +131,7 @@ class Precision:
         self.types = Types(model)
         self._numpy: np.dtype[Any] = dtype.numpy()
         self._name = f"tensor({dtype.name.lower()})"
-        self._nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+        self._nodes = list(nodes_within(model.graph))
         self._losses: dict[ir.Value, str | None] = {}
         self._large: set[ir.Value] = set()
         self._counted: set[ir.Value] = set()

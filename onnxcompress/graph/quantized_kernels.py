@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Array, Kind, Skip, Want
 from onnxcompress.graph.quantized_weights import FLOAT, dequantizer_of, kernel_axes
+from onnxcompress.graph.scopes import nodes_within
 from onnxcompress.numerics.affine import RANGES, SMALLEST_SCALE
 from onnxcompress.numerics.row_sample import Patches
 from onnxcompress.operators import (
@@ -169,7 +170,7 @@ def quantized_kernels(graph: ir.Graph) -> tuple[list[QuantizedKernel], list[Skip
     """The integer kernels of the graph and its bodies, and those that cannot be worked on."""
     kernels: list[QuantizedKernel] = []
     skips: list[Skip] = []
-    for node in ir.traversal.RecursiveGraphIterator(graph):
+    for node in nodes_within(graph):
         if node.op_type not in _OPERATORS or node.domain not in DEFAULT_DOMAINS:
             continue
         data, weight = dequantizer_of(node.inputs[0]), dequantizer_of(node.inputs[1])
