@@ -39,7 +39,7 @@ class Packing:
     """Of the initializer in the file."""
     transposed: bool
     """Whether a row is a column of what DequantizeLinear reads."""
-    bits: int = 8
+    bits: int
 
     def stored_codes(self, codes: Array, before: Array) -> Array:
         """`codes` as the file holds them, in the place of `before`, whose filling stays."""
@@ -48,17 +48,13 @@ class Packing:
         whole[:, : rows.shape[1]] = rows
         return pack(whole, self.bits).reshape(before.shape)
 
-    def stored_scale(self, scale: Array, before: Array) -> Array:
-        """`scale` in the shape in which the file holds it."""
-        return np.ascontiguousarray(scale.T if self.transposed else scale).reshape(before.shape)
 
-
-def expand(model: ir.Model) -> tuple[dict[str, Packing], dict[str, Packing], list[Skip]]:
+def expand(model: ir.Model) -> tuple[dict[str, Packing], list[Skip]]:
     """Rewrite the main graph in place.
 
     Returns:
-        Packings by the names of the initializers that now hold codes, those by the names of
-        scales, and the kernels that stay, with reasons.
+        Packings by the names of the initializers that now hold codes, and the kernels that stay,
+        with reasons.
     """
     rewrite = _Expansion(model.graph)
     for node in list(model.graph):
@@ -66,14 +62,13 @@ def expand(model: ir.Model) -> tuple[dict[str, Packing], dict[str, Packing], lis
             rewrite.kernel(node)
         elif is_op(node, "Mul"):
             rewrite.product(node)
-    return rewrite.codes, rewrite.scales, rewrite.skips
+    return rewrite.codes, rewrite.skips
 
 
 class _Expansion:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.codes: dict[str, Packing] = {}
-        self.scales: dict[str, Packing] = {}
         self.skips: list[Skip] = []
         self._fresh = FreshNames(graph)
         self._made: dict[tuple[object, ...], ir.Value] = {}
@@ -107,7 +102,7 @@ class _Expansion:
         wide = [axis for axis, size in enumerate(step.shape) if size > 1]
         if len(wide) > 1 or (wide and step.ndim != len(tensor.shape)):
             return
-        scale = self._scale(node, 1, step.reshape(-1) if wide else step.reshape(()), False)
+        scale = self._scale(node, 1, step.reshape(-1) if wide else step.reshape(()))
         axis = _integers({"axis": wide[0] if wide else 0})
         become(node, "DequantizeLinear", [codes, scale], axis)
 
@@ -143,15 +138,14 @@ class _Expansion:
         codes, zeros = (np.ascontiguousarray(a).astype(dtype.numpy()) for a in arrays)
         name = inputs[0].name or "weight"
         plain = initializer(self.graph, self._fresh(f"{name}_plain"), codes)
-        step = self._scale(node, _GRID_INPUTS[node.op_type][1],
-                           scale.T if transposed else scale, transposed)  # fmt: skip
+        step = self._scale(node, _GRID_INPUTS[node.op_type][1], scale.T if transposed else scale)
         middle = initializer(self.graph, self._fresh(f"{name}_middle"), zeros)
         self.codes[plain.name or ""] = Packing(name, transposed, bits)
         attributes = {"axis": 0 if transposed else 1, "block_size": block}
         return insert(node, "DequantizeLinear", [plain, step, middle],
                       self._fresh(f"{name}_floats"), attributes)  # fmt: skip
 
-    def _scale(self, node: ir.Node, index: int, array: Array, transposed: bool) -> ir.Value:
+    def _scale(self, node: ir.Node, index: int, array: Array) -> ir.Value:
         """The scale at an input of `node`, laid out anew; the same one for the same layout."""
         value = node.inputs[index]
         assert value is not None
@@ -159,7 +153,6 @@ class _Expansion:
         if key not in self._made:
             name = self._fresh(f"{value.name}_plain")
             self._made[key] = initializer(self.graph, name, np.ascontiguousarray(array))
-            self.scales[name] = Packing(value.name or "", transposed)
         return self._made[key]
 
 

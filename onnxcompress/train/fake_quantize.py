@@ -59,8 +59,6 @@ class Weight:
     codes: str
     """Name of the initializer in the quantized model, its kernels' own packing undone."""
     grid: Affine
-    scale: str
-    """Name of the initializer that holds the scale, in both."""
     place: Array | None
     """Where in the codes' initializer each value lies, by flat index; None where it is the same."""
     order: Sequence[int] | None
@@ -97,7 +95,7 @@ def fake_quantize(quantized: ir.Model) -> FakeQuantized:
     """
     _refuse_dynamic(quantized)
     model = quantized.clone()
-    packings, _, skips = expand(model)
+    packings, skips = expand(model)
     RemoveUnused().call(model)
     if packings:
         _raise_opset(model)
@@ -199,9 +197,7 @@ class _Rewrite:
         held = codes.name or "weight"
         name = self._fresh(self.names.get(held, held).removesuffix("_quantized"))
         floats = initializer(self.graph, name, dequantize(array, grid))
-        scale = first.inputs[1]
-        assert scale is not None
-        found = Weight(name, held, grid, scale.name or "", place, _order(array, readers))
+        found = Weight(name, held, grid, place, _order(array, readers))
         if grid.dtype == "int32":
             for node in readers:
                 node.outputs[0].replace_all_uses_with(floats)
