@@ -319,3 +319,11 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     """`constant_tensor` as an array; reads the tensor's bytes."""
     tensor = constant_tensor(value)
     return None if tensor is None else tensor.numpy()
+
+
+def is_number(value: ir.Value | None, number: float) -> bool:
+    """Whether `value` is always this one number, of whatever rank, up to rounding to float32."""
+    known = constant(value)
+    return (
+        known is not None and known.size == 1 and math.isclose(known.item(), number, rel_tol=1e-6)
+    )

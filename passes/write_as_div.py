@@ -13,7 +13,7 @@ from onnxcompress.contract import Pass, Result
 from onnxcompress.graph.linear import is_op
 from onnxcompress.graph.names import FreshNames
 from onnxcompress.graph.rewriting import become, initializer
-from onnxcompress.operators import constant
+from onnxcompress.operators import constant_tensor, is_number
 
 _BROADCASTS: Final = 7
 
@@ -54,11 +54,13 @@ def _factor(node: ir.Node) -> int | None:
     if not all(is_op(use.node, "Erf") for use in product.uses()):
         return None
     for index in (1, 0):
-        known, data = constant(node.inputs[index]), node.inputs[1 - index]
-        if known is None or known.dtype != np.float32 or known.size != 1:
+        factor, data = node.inputs[index], node.inputs[1 - index]
+        if not is_number(factor, math.sqrt(0.5)):
             continue
+        tensor = constant_tensor(factor)
+        assert tensor is not None
         # A factor with axes of its own might give the product more of them than x has.
         rank = 0 if data is None or data.shape is None else data.shape.rank()
-        if rank >= known.ndim and math.isclose(known.item(), math.sqrt(0.5), rel_tol=1e-6):
+        if tensor.dtype is ir.DataType.FLOAT and len(tensor.shape) <= rank:
             return index
     return None

@@ -19,7 +19,7 @@ import numpy as np
 
 from onnxcompress.contract import Array, Kind, Want
 from onnxcompress.errors import InputError
-from onnxcompress.model_io.atomic import Draft, locked, sync
+from onnxcompress.model_io.atomic import write_file
 from onnxcompress.numerics.exact_sum import GRIDS, ExactSum
 from onnxcompress.numerics.histogram import RangeFreeHistogram, Unobservable, extremes
 from onnxcompress.numerics.row_sample import Patches, RowSample
@@ -119,12 +119,7 @@ class Observations:
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **_packed(self))
         try:
-            with Draft(path.parent) as draft:
-                draft.write(content.getvalue())
-                draft.flush()
-                with locked(path.parent):
-                    draft.publish(path)
-                    sync(path.parent)
+            write_file(path, content.getvalue())
         except OSError as error:
             raise InputError(f"cannot write the statistics {path}: {error.strerror}") from error
 

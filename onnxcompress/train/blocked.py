@@ -5,8 +5,8 @@ whose weights are inputs, as they are in training. Here the reordering is emitte
 channels in blocks of B lies in memory as [N, C/B, H, W, B], and keeps its shape [N, C, H, W] for
 all that reads it. Operators that compute value by value need not know.
 
-The operators are those of `com.microsoft.nchwc`, which every build of ONNX Runtime for x86 and ARM
-has; `block_size` asks for them, and elsewhere the graph stays as it was.
+The operators are those of `com.microsoft.nchwc`. `block_size` asks ONNX Runtime whether it has
+them; where it has not, the graph stays as it was.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Final
 import onnx_ir as ir
 
 from onnxcompress.graph.linear import is_op
-from onnxcompress.operators import constant
+from onnxcompress.operators import is_number
 
 DOMAIN: Final = "com.microsoft"
 """Every build of ONNX Runtime has Gelu there; the standard one is of version 20 only."""
@@ -54,7 +54,7 @@ def _written_out(erf: ir.Node) -> tuple[ir.Value, ir.Value] | None:
         if node is None or not is_op(node, "Mul"):
             return None
         (other,) = [v for v in node.inputs if v is not value] or [None]
-        if not halved and _is_number(other, 0.5):
+        if not halved and is_number(other, 0.5):
             halved = True
         elif not by_x and other is x:
             by_x = True
@@ -77,22 +77,15 @@ def _scaled(value: ir.Value | None, factor: float) -> ir.Value | None:
     if node is None or len(node.inputs) != 2:
         return None
     left, right = node.inputs
-    if is_op(node, "Div") and _is_number(right, 1 / factor):
+    if is_op(node, "Div") and is_number(right, 1 / factor):
         return left
-    if is_op(node, "Mul") and _is_number(right, factor):
+    if is_op(node, "Mul") and is_number(right, factor):
         return left
-    return right if is_op(node, "Mul") and _is_number(left, factor) else None
+    return right if is_op(node, "Mul") and is_number(left, factor) else None
 
 
 def _holds(node: ir.Node, number: float) -> bool:
-    return any(_is_number(v, number) for v in node.inputs)
-
-
-def _is_number(value: ir.Value | None, number: float) -> bool:
-    known = constant(value)
-    return (
-        known is not None and known.size == 1 and math.isclose(known.item(), number, rel_tol=1e-6)
-    )
+    return any(is_number(v, number) for v in node.inputs)
 
 
 def _remove_unread(graph: ir.Graph, node: ir.Node | None) -> None:

@@ -21,6 +21,7 @@ from onnxcompress.data import Data, Images, interface, open_data
 from onnxcompress.graph.inference import infer
 from onnxcompress.graph.linear import is_op
 from onnxcompress.graph.names import FreshNames
+from onnxcompress.graph.rewriting import initializer
 from onnxcompress.operators import constant_tensor
 from onnxcompress.passes.fold_scales import FoldScales
 from onnxcompress.passes.forget_shapes import ForgetShapes
@@ -138,10 +139,7 @@ def _insert(node: ir.Node, axis: int, affine: Mapping[str, Array], fresh: FreshN
     users, last = list(value.uses()), value
     for op, array in affine.items():
         name = fresh(f"{value.name}_{op}")
-        tensor = ir.Tensor(array.astype(np.float32).reshape(column), name=name)
-        other = ir.Value(name=name, const_value=tensor, shape=tensor.shape,
-                         type=ir.TensorType(tensor.dtype))  # fmt: skip
-        graph.register_initializer(other)
+        other = initializer(graph, name, array.astype(np.float32).reshape(column))
         made = ir.node(op, [last, other], name=fresh(name))
         made.outputs[0].name = fresh(name)
         made.outputs[0].type, made.outputs[0].shape = value.type, value.shape
