@@ -23,8 +23,6 @@ from onnxcompress.passes.prune_magnitude import PruneMagnitude
 from onnxcompress.passes.quantize_weights import QuantizeWeights
 from onnxcompress.pipeline import Observer, Outcome, Record, run
 from onnxcompress.train.clean import Cleaner
-from onnxcompress.train.reconstruct import reconstruct
-from onnxcompress.train.renormalize import renormalize
 
 ModelLike = ir.Model | str | Path
 Started = Callable[[str], None]
@@ -176,18 +174,36 @@ def rewrite(
         observer=watch,
         started=started,
     )
+
+    def work() -> Result:
+        from onnxcompress.train.reconstruct import reconstruct  # all of training: only when used
+
+        try:
+            return reconstruct(floats.model, done.model, learn_from, progress=progress)
+        except DataError:
+            raise
+        except InputError as reason:  # nothing that can be reconstructed: what there is stays
+            return Result(done.model, modified=False, skips=(Skip("", "", str(reason)),))
+
+    records = *floats.records, *done.records
+    return _behind(records, "reconstruct", work, done.statistics, started)
+
+
+def _behind(
+    records: tuple[Record, ...],
+    name: str,
+    work: Callable[[], Result],
+    statistics: Statistics | None,
+    started: Started | None,
+) -> Outcome:
+    """What comes of work behind passes that is none itself, with its record behind theirs."""
     if started is not None:
-        started("reconstruct")
+        started(name)
     begin = time.perf_counter()
-    try:
-        found = reconstruct(floats.model, done.model, learn_from, progress=progress)
-    except DataError:
-        raise
-    except InputError as reason:  # nothing that can be reconstructed: what there is stays
-        found = Result(done.model, modified=False, skips=(Skip("", "", str(reason)),))
+    found = work()
     seconds = time.perf_counter() - begin
-    record = Record("reconstruct", {}, found.modified, found.skips, found.figures, seconds)
-    return Outcome(found.model, (*floats.records, *done.records, record), done.statistics)
+    record = Record(name, {}, found.modified, found.skips, found.figures, seconds)
+    return Outcome(found.model, (*records, record), statistics)
 
 
 def _passes(
@@ -236,13 +252,13 @@ def prune(
     floats = run(model, schemes.exact(), started=started, copy=held)
     done = run(floats.model, (cut,), started=started)
     data = as_data(calibrate, floats.model, images).first(samples)
-    if started is not None:
-        started("renormalize")
-    begin = time.perf_counter()
-    found = renormalize(done.model, floats.model, data, progress=progress)
-    seconds = time.perf_counter() - begin
-    record = Record("renormalize", {}, found.modified, found.skips, found.figures, seconds)
-    return Outcome(found.model, (*floats.records, *done.records, record), None)
+
+    def work() -> Result:
+        from onnxcompress.train.renormalize import renormalize
+
+        return renormalize(done.model, floats.model, data, progress=progress)
+
+    return _behind((*floats.records, *done.records), "renormalize", work, None, started)
 
 
 def load_statistics(path: str | Path) -> Observations:
