@@ -48,7 +48,8 @@ class Kept:
     @property
     def left_out(self) -> tuple[str, ...]:
         """Names of settings that are of no kind of ours, such as callables."""
-        return tuple(name for name in self.settings if name not in self._written())
+        kept = self._written()
+        return tuple(name for name in self.settings if name not in kept)
 
     def _written(self) -> dict[str, Any]:
         found = dict[str, Any]()

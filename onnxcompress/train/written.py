@@ -11,6 +11,7 @@ import numpy as np
 
 from onnxcompress.recipe import Recipe
 from onnxcompress.train import augment, clean, denoise, losses, optimizers, schedules
+from onnxcompress.train.augment.table import KINDS as STEPS
 
 _KINDS: Final[Mapping[str, type[Any]]] = {
     kind.__name__: kind
@@ -18,8 +19,7 @@ _KINDS: Final[Mapping[str, type[Any]]] = {
         *(losses.CrossEntropy, losses.MeanSquared, losses.KullbackLeibler, losses.FeatureMatch),
         *(losses.Cosine, optimizers.SGD, optimizers.AdamW),
         *(schedules.warm_up, schedules.stepped, schedules.one_cycle),
-        *(augment.Noise, augment.Shift, augment.Flip, augment.Crop, augment.RandomErase),
-        *(augment.Swap, augment.Mixup, augment.CutMix, augment.Compose),
+        *(*STEPS, augment.Compose),
         *(clean.Cleaner, clean.RobustDistance, clean.Detector),
         *(denoise.MedianFilter, denoise.SavitzkyGolay),
     )

@@ -12,11 +12,12 @@ from onnxcompress.train.augment.mixing import CutMix, Mixup
 from onnxcompress.train.augment.step import Augmentation, Step, title
 from onnxcompress.train.augment.swapping import Swap
 
-_KINDS: Final[tuple[type[Step], ...]] = (
+KINDS: Final[tuple[type[Step], ...]] = (
     *(Noise, Shift, Flip, Crop, RandomErase, Swap),
     *(Mixup, CutMix),
 )
-_STEPS: Final = {kind.name: kind for kind in _KINDS}
+"""The steps that a recipe has names for."""
+_STEPS: Final = {kind.name: kind for kind in KINDS}
 
 
 def read_steps(items: Any, where: str = "augment") -> tuple[Augmentation, ...]:
