@@ -31,7 +31,8 @@ from onnxcompress.train.optimizers import AdamW, Optimizer
 from onnxcompress.train.parameters import trainable_weights
 from onnxcompress.train.samples import Samples, fixed_batch, open_samples
 from onnxcompress.train.schedules import Schedule, cosine
-from onnxcompress.train.step import Step, Tally
+from onnxcompress.train.step import Step
+from onnxcompress.train.tally import Tally
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called after each step with the steps done, how many there are, and the epoch's figures yet."""

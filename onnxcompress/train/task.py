@@ -20,7 +20,7 @@ from onnxcompress.data.ports import convert
 from onnxcompress.errors import InputError
 from onnxcompress.graph.inference import infer
 from onnxcompress.graph.linear import is_op
-from onnxcompress.train.distill import before_softmax
+from onnxcompress.train.lesson import before_softmax
 from onnxcompress.train.losses import CrossEntropy, Loss, MeanSquared, learns_classes
 from onnxcompress.train.samples import LABELS, TARGET, from_npz, open_samples
 

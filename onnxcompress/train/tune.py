@@ -7,9 +7,7 @@ to codes on the same grid. What comes out is never worse on held-out data than w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
@@ -20,20 +18,18 @@ from onnxcompress.data import Data, Images, interface, open_data
 from onnxcompress.errors import InputError
 from onnxcompress.observe import Progress as Asking
 from onnxcompress.session import Session
-from onnxcompress.train.augment import Augmentation
-from onnxcompress.train.distill import Lesson, before_softmax, prepare
+from onnxcompress.train.distill import Distilled, distill
 from onnxcompress.train.fake_quantize import FakeQuantized, fake_quantize, settle
 from onnxcompress.train.history import History
-from onnxcompress.train.loop import Progress, train
+from onnxcompress.train.lesson import before_softmax
+from onnxcompress.train.loop import Progress
 from onnxcompress.train.losses import CrossEntropy, Loss, MeanSquared
 from onnxcompress.train.objective import objective
 from onnxcompress.train.optimizers import Optimizer
 from onnxcompress.train.samples import LABELS, TARGET, fixed_batch, from_npz, open_samples
-from onnxcompress.train.schedules import Schedule, warm_up
 from onnxcompress.train.settings import Tuning, masks_of
-from onnxcompress.train.step import Tally
+from onnxcompress.train.tally import Tally
 from onnxcompress.train.task import learned_output
-from onnxcompress.train.teacher import Precision
 
 _HELD: Final = 5
 """One in so many samples is held out."""
@@ -48,7 +44,6 @@ class Tuned:
     history: History
     better: bool
     """Whether it is better than what came in; else it is what came in."""
-    monitor: str
     before: float
     """The monitored figure of held-out data, as `after` by what is deployed, not by floats."""
     after: float
@@ -57,6 +52,11 @@ class Tuned:
     samples: int
     skips: tuple[Skip, ...]
     """Codes that were not trained, and why not."""
+
+    @property
+    def monitor(self) -> str:
+        """By what epochs were compared."""
+        return self.history.monitor
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -74,36 +74,17 @@ def tune(
     data: Any,
     *,
     teacher: ir.Model | None = None,
-    unlabelled: Any = None,
     losses: Sequence[Loss] | None = None,
-    temperature: float = 2.0,
-    label_weight: float = 1.0,
-    features: Mapping[str, str] | Sequence[str] = (),
     optimizer: Optimizer | Callable[[float], Optimizer] | None = None,
-    schedule: Schedule | None = None,
     epochs: int = 10,
-    batch_size: int = 64,
-    seed: int = 0,
     evaluate: Any = None,
-    monitor: str | None = None,
-    patience: int | None = None,
-    checkpoint: Path | None = None,
-    augment: Sequence[Augmentation] = (),
-    trainable: Sequence[str] = ("*",),
     keep_zeros: bool = False,
-    clip_norm: float | None = None,
-    batch_statistics: bool | None = None,
-    threads: int = 0,
-    cache: str | Path | None = None,
-    precision: Precision = "float16",
-    executor: Executor | None = None,
     images: Images | None = None,
     asking: Asking | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Tuned:
     """Train the codes of a quantized model, and its floats.
-
-    Arguments are those of `distill` but for
 
     Args:
         quantized: static or weights alone; not altered.
@@ -114,6 +95,7 @@ def tune(
         evaluate: to choose the best epoch by and to hold against what came in; the last fifth of
             `data`, which is then not trained on, when None.
         keep_zeros: weights that are zero stay zero, where there are enough to look pruned.
+        losses, epochs, images, asking, progress, options: as for `distill`.
 
     Raises:
         InputError: if the model holds no codes to train, or as `distill` does.
@@ -127,57 +109,32 @@ def tune(
         data, evaluate = _split(data, quantized, images)
     if teacher is None and losses is None:
         losses = _own_losses(fake.model, data)
-    lesson = prepare(
+    found = distill(
         teacher or fake.model,
         fake.model,
         data,
-        unlabelled=unlabelled,
         losses=losses,
-        temperature=temperature,
-        label_weight=label_weight,
-        features=features,
+        optimizer=optimizer(_median_step(fake)) if callable(optimizer) else optimizer,
+        epochs=epochs,
         evaluate=evaluate,
-        monitor=monitor,
-        augment=augment,
-        cache=cache,
-        precision=precision,
-        executor=executor,
+        masks=masks_of(fake.model) if keep_zeros else None,
+        rewrite=False,
         images=images,
         asking=asking,
-    )
-    trained = train(
-        fake.model,
-        lesson.pool,
-        losses=lesson.losses,
-        optimizer=optimizer(_median_step(fake)) if callable(optimizer) else optimizer,
-        schedule=schedule or warm_up(),
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        evaluate=lesson.held,
-        monitor=lesson.monitor,
-        patience=patience,
-        checkpoint=checkpoint,
-        augment=lesson.augment,
-        trainable=trainable,
-        masks=masks_of(fake.model) if keep_zeros else None,
-        clip_norm=clip_norm,
-        batch_statistics=batch_statistics,
-        threads=threads,
         progress=progress,
+        **options,
     )
-    result = settle(fake, trained.model)
-    before, after = (_figure(model, lesson) for model in (quantized, result))
-    better = after > before if lesson.monitor == "accuracy" else after < before
+    result = settle(fake, found.model)
+    before, after = (_figure(model, found) for model in (quantized, result))
+    better = after > before if found.history.monitor == "accuracy" else after < before
     return Tuned(
         model=result if better else quantized.clone(),
-        history=trained.history,
+        history=found.history,
         better=better,
-        monitor=lesson.monitor,
         before=before,
         after=after,
-        losses=lesson.losses,
-        samples=lesson.samples,
+        losses=found.losses,
+        samples=found.samples,
         skips=fake.skips,
     )
 
@@ -187,19 +144,19 @@ def _median_step(fake: FakeQuantized) -> float:
     return float(np.median(np.concatenate(steps))) if steps else 1.0
 
 
-def _figure(model: ir.Model, lesson: Lesson) -> float:
+def _figure(model: ir.Model, taught: Distilled) -> float:
     """The monitored figure of held-out data, all of the runtime's own rewrites applied."""
-    found = objective(model, lesson.losses, ())
+    found = objective(model, taught.losses, ())
     session = Session(found.model, outputs=found.scalars)
     dtypes = {v.name or "": v.dtype.numpy() for v in found.model.graph.inputs if v.dtype}
     ports = interface(model)
-    samples = open_samples(lesson.held, ports, [name for name in found.targets if name in dtypes])
+    samples = open_samples(taught.held, ports, [name for name in found.targets if name in dtypes])
     fixed, tally = fixed_batch(ports), Tally()
     for feed in samples.stretches(fixed or _BATCH, whole=fixed is not None):
         size = max(len(array) for array in feed.values() if array.ndim)
         given = {name: np.asarray(feed[name], dtype) for name, dtype in dtypes.items()}
         tally += Tally.of(found, session.run(given), size)
-    return tally.figures[lesson.monitor]
+    return tally.figures[taught.history.monitor]
 
 
 def _split(data: Any, model: ir.Model, images: Images | None) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import pytest
 from onnxcompress import api
 from onnxcompress.errors import InputError
 from onnxcompress.session import Session
-from onnxcompress.train.distill import before_softmax
+from onnxcompress.train.lesson import before_softmax
 from onnxcompress.train.losses import MeanSquared
 from onnxcompress.train.optimizers import AdamW
 from onnxcompress.train.tune import Tuned, tune
