@@ -15,8 +15,10 @@ from onnxcompress.data import Data, Images
 from onnxcompress.gates import Gate
 from onnxcompress.measure import random_feed
 from onnxcompress.model_io import load
-from onnxcompress.report import Report, check
+from onnxcompress.pipeline import Record
+from onnxcompress.report import ModelFile, Report, check
 from onnxcompress.session import Feed
+from onnxcompress.train.history import History
 from onnxcompress.variants import Stage, set_beside, silent, versions
 
 _RUNS: Final = 8
@@ -43,6 +45,53 @@ def names_classes(evaluation: Data | Sequence[Feed]) -> bool:
     """Whether there are labels and they are whole numbers, so that accuracy can be told."""
     labels = evaluation.labels if isinstance(evaluation, Data) else None
     return labels is not None and bool((labels == np.rint(labels)).all())
+
+
+def beside_source(
+    verb: str,
+    source: Path,
+    output: Path,
+    models: tuple[ir.Model, ir.Model],
+    *,
+    called: str,
+    training: History,
+    records: tuple[Record, ...] = (),
+    notes: tuple[str, ...] = (),
+    **options: Any,
+) -> Report:
+    """The report of a verb that trained: what it wrote beside what it learned from.
+
+    Args:
+        source, output: the files, `models` what is in them.
+        called: what the note calls the second where the two cannot be compared.
+        notes: come before those of the comparison.
+        options: those of `validate`.
+
+    Raises:
+        InputError: as `validate`.
+    """
+    if _interface(models[0]) == _interface(models[1]):
+        report = validate(source, output, **options)
+    else:
+        report = Report(
+            verb=verb,
+            source=ModelFile.of(source),
+            result=ModelFile.of(output),
+            notes=(f"teacher and {called} differ in their interfaces: they were not compared",),
+        )
+    return dataclasses.replace(
+        report,
+        verb=verb,
+        passes=records,
+        training=training,
+        notes=(*notes, *report.notes),
+        versions=versions(),
+    )
+
+
+def _interface(model: ir.Model) -> list[list[str | None]]:
+    """Names of what a model takes and gives."""
+    return [[v.name for v in values] for values in (model.graph.inputs, model.graph.outputs)]
 
 
 def validate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -14,19 +13,19 @@ import onnx_ir as ir
 
 from onnxcompress import api
 from onnxcompress.api import SAMPLES, ModelLike, Quantization, as_data, as_model
-from onnxcompress.comparison import validate
+from onnxcompress.comparison import beside_source
 from onnxcompress.data import Images, interface
 from onnxcompress.errors import InputError
 from onnxcompress.model_io import check_writable, load, save
 from onnxcompress.pipeline import Record, run
 from onnxcompress.recipe import Recipe
-from onnxcompress.report import ModelFile, Report
+from onnxcompress.report import Report
 from onnxcompress.train import distill as taught
 from onnxcompress.train.distill import Distilled
 from onnxcompress.train.settings import Training
 from onnxcompress.train.students import derive, is_spec
 from onnxcompress.train.tune import tune
-from onnxcompress.variants import Stage, silent, versions
+from onnxcompress.variants import Stage, silent
 
 
 @dataclass(frozen=True)
@@ -162,19 +161,16 @@ def distill_files(
         notes = (f"the last {len(held)} of {len(learned) + len(held)} feeds were held out",)
     made = distill(master, student, learned, images=images, samples=samples, stage=stage, **options)
     save(made.model, output)
-    if same_interface(master, made.model):
-        report = validate(teacher, output, data=held, samples=samples, images=images,
-                          threads=threads)  # fmt: skip
-    else:
-        notes += ("teacher and student differ in their interfaces: they were not compared",)
-        report = Report(verb="distill", source=ModelFile.of(teacher), result=ModelFile.of(output))
-    return dataclasses.replace(
-        report,
-        verb="distill",
-        passes=made.records,
+    return beside_source(
+        *("distill", teacher, output, (master, made.model)),
+        called="student",
         training=made.student.history,
-        notes=(*made.notes, *notes, *report.notes),
-        versions=versions(),
+        records=made.records,
+        notes=(*made.notes, *notes),
+        data=held,
+        samples=samples,
+        images=images,
+        threads=threads,
     )
 
 
@@ -184,9 +180,3 @@ def _inputs(data: Any, model: ir.Model) -> Any:
         return data
     arrays = cast("Mapping[str, Any]", data)
     return {port.name: arrays[port.name] for port in interface(model)}
-
-
-def same_interface(a: ir.Model, b: ir.Model) -> bool:
-    """Whether two models take and give values of the same names."""
-    names = [[[v.name for v in vs] for vs in (m.graph.inputs, m.graph.outputs)] for m in (a, b)]
-    return names[0] == names[1]

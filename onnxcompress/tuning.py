@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from concurrent.futures import Executor
 from functools import cache as cache_of
 from pathlib import Path
 from typing import Any
 
 from onnxcompress.api import SAMPLES, ModelLike, as_data, as_model
-from onnxcompress.comparison import validate
+from onnxcompress.comparison import beside_source
 from onnxcompress.data import Images
-from onnxcompress.distillation import same_interface
 from onnxcompress.model_io import check_writable, load, save
-from onnxcompress.report import ModelFile, Report
+from onnxcompress.report import Report
 from onnxcompress.train import tune as tuned
 from onnxcompress.train.settings import Tuning
 from onnxcompress.train.tune import Tuned
-from onnxcompress.variants import Stage, silent, versions
+from onnxcompress.variants import Stage, silent
 
 
 def tune(
@@ -109,17 +107,14 @@ def tune_files(
         **options,
     )
     save(made.model, output)
-    source = teacher or quantized
-    if same_interface(load(source), made.model):
-        report = validate(source, output, data=held, samples=samples, images=images,
-                          threads=threads)  # fmt: skip
-    else:
-        notes += ("teacher and model differ in their interfaces: they were not compared",)
-        report = Report(verb="tune", source=ModelFile.of(source), result=ModelFile.of(output))
-    return dataclasses.replace(
-        report,
-        verb="tune",
+    return beside_source(
+        *("tune", teacher or quantized, output),
+        (model if teacher is None else load(teacher), made.model),
+        called="model",
         training=made.history,
-        notes=(*made.notes, *notes, *report.notes),
-        versions=versions(),
+        notes=(*made.notes, *notes),
+        data=held,
+        samples=samples,
+        images=images,
+        threads=threads,
     )

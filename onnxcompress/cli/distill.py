@@ -32,23 +32,18 @@ if TYPE_CHECKING:
 @click.argument("student")
 @flags.output
 @click.option("--data", "data", required=True, metavar="DATA", help="Inputs to learn from.")
-@click.option("--unlabelled", metavar="DATA", help="More inputs, without labels.")
+@flags.unlabelled
 @flags.evaluate("data")
 @flags.recipe("TOML with a table [train] of the options below and passes to run on the student.")
-@click.option("--epochs", type=int, help="Times through the data.  [default: 30]")
-@click.option("--batch-size", type=int, help="Samples a step.  [default: 64]")
-@click.option("--lr", type=float, help="Learning rate.  [default: 0.001]")
-@click.option("--temperature", type=float, help="Softens the teacher's answers.  [default: 2]")
-@click.option("--keep-zeros", is_flag=True, default=None, help="Zeros of a pruned STUDENT stay.")
-@click.option("--seed", type=int, help="Of all draws.  [default: 0]")
+@flags.learning(
+    epochs=30, lr="Learning rate.  [default: 0.001]", zeros="Zeros of a pruned STUDENT stay."
+)
 @click.option(
     "--quantize",
     type=click.Choice(["static", "dynamic", "weights", "float16"]),
     help="Quantize the student afterwards, with compensation.",
 )
-@click.option(
-    "--cache", type=click.Path(path_type=Path), help="Folder to keep the teacher's answers in."
-)
+@flags.cache
 @flags.samples
 @flags.threads
 @flags.images

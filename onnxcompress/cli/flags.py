@@ -87,6 +87,27 @@ def recipe(text: str) -> Callable[[Any], Any]:
     return click.option("--recipe", type=click.Path(path_type=Path), help=text)
 
 
+def learning(*, epochs: int, lr: str, zeros: str) -> Callable[[Any], Any]:
+    """The options of how to train that recipes have too; unset ones are theirs to say."""
+    options = (
+        click.option("--epochs", type=int, help=f"Times through the data.  [default: {epochs}]"),
+        click.option("--batch-size", type=int, help="Samples a step.  [default: 64]"),
+        click.option("--lr", type=float, help=lr),
+        click.option(
+            "--temperature", type=float, help="Softens the teacher's answers.  [default: 2]"
+        ),
+        click.option("--keep-zeros", is_flag=True, default=None, help=zeros),
+        click.option("--seed", type=int, help="Of all draws.  [default: 0]"),
+    )
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 def _whole(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
     return None if text is None else int(text)
 
@@ -127,6 +148,10 @@ target = click.option(
     show_default=True,
     help="Runtime to aim at: cpu, cpu-arm, cuda, tensorrt, openvino, qnn, coreml, web, or one that "
     "a package adds.",
+)
+unlabelled = click.option("--unlabelled", metavar="DATA", help="More inputs, without labels.")
+cache = click.option(
+    "--cache", type=click.Path(path_type=Path), help="Folder to keep the teacher's answers in."
 )
 images = click.option("--images", help="How a folder of images becomes the input; see below.")
 clean = click.option(

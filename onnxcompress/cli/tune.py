@@ -32,18 +32,13 @@ from onnxcompress.cli.console import Verb, stages, tell
     type=click.Path(path_type=Path),
     help="The float model, or a better one; labels among DATA are learned without it.",
 )
-@click.option("--unlabelled", metavar="DATA", help="More inputs, without labels.")
+@flags.unlabelled
 @flags.evaluate("data")
 @flags.recipe("TOML with a table [tune] of the options below.")
-@click.option("--epochs", type=int, help="Times through the data.  [default: 10]")
-@click.option("--batch-size", type=int, help="Samples a step.  [default: 64]")
-@click.option("--lr", type=float, help="Learning rate; else by the grids' steps.")
-@click.option("--temperature", type=float, help="Softens the teacher's answers.  [default: 2]")
-@click.option("--keep-zeros", is_flag=True, default=None, help="Zeros of a pruned model stay.")
-@click.option("--seed", type=int, help="Of all draws.  [default: 0]")
-@click.option(
-    "--cache", type=click.Path(path_type=Path), help="Folder to keep the teacher's answers in."
+@flags.learning(
+    epochs=10, lr="Learning rate; else by the grids' steps.", zeros="Zeros of a pruned model stay."
 )
+@flags.cache
 @flags.samples
 @flags.threads
 @flags.images
